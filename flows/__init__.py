@@ -1,0 +1,1 @@
+"""What happens, in order: the main path, the command line and its console."""

@@ -1,0 +1,1 @@
+"""How a step becomes an artifact: one thin module per step, and the one cache (``tasks.step``)."""
