@@ -1,0 +1,65 @@
+"""Token perplexity of packed windows, with the sparsity of the same forward passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prosparse_core.precision import Precision, autocast
+from prosparse_core.sparsity import SparsityMeter
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Negative log-likelihood (nats) summed over ``num_tokens`` predicted tokens, and the mean sparsity of x1."""
+
+    nll: float
+    num_tokens: int
+    sparsity: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nll / self.num_tokens, 700.0))
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    tokens: Tensor,
+    labels: Tensor,
+    *,
+    precision: Precision,
+    batch_size: int = 4,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Perplexity of ``labels`` given ``tokens`` (both [windows, seq_len], -100 where no loss; the model shifts).
+
+    Positions of both prompt and answer count for the sparsity: every position that is forwarded does.
+    """
+    assert tokens.shape == labels.shape
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nll, count = 0.0, 0
+    with SparsityMeter(model) as meter:
+        for start in range(0, len(tokens), batch_size):
+            x, y = tokens[start : start + batch_size].to(device), labels[start : start + batch_size].to(device)
+            with autocast(precision, device.type):
+                logits = model(input_ids=x, use_cache=False).logits
+            target = y[:, 1:]
+            nll += float(
+                nn.functional.cross_entropy(
+                    logits[:, :-1].float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
+                )
+            )
+            count += int((target != -100).sum())
+            if on_batch:
+                on_batch(min(start + batch_size, len(tokens)), len(tokens))
+        sparsity = meter.mean()
+    model.train(was_training)
+    assert count, "no token of these windows carries a loss"
+    return Measured(nll, count, sparsity)

@@ -1,0 +1,48 @@
+"""lambda(step) and lr(step): pure functions of the step, 1-based as in Algorithm 1 (paper, App. B)."""
+
+from __future__ import annotations
+
+import math
+
+from prosparse_core.recipe import Stage, Train
+
+
+def stage_of(stages: list[Stage], step: int) -> int:
+    """The index of the stage that step ``step`` (1 .. last until_step) belongs to."""
+    for index, stage in enumerate(stages):
+        if step <= stage.until_step:
+            return index
+    raise ValueError(f"step {step} lies beyond the last stage, which ends at step {stages[-1].until_step}")
+
+
+def first_step(stages: list[Stage], index: int) -> int:
+    """The first step (1-based) of a stage."""
+    return 1 if index == 0 else stages[index - 1].until_step + 1
+
+
+def l1_lambda(stages: list[Stage], step: int) -> float:
+    """The regularization factor at a step.
+
+    A constant stage is flat; a sine stage rises from the factor of the stage before to its own along half a sine:
+    ``eta = (sin(-pi/2 + pi * (t - T_before) / (T - T_before)) + 1) / 2`` (Algorithm 1), reaching it at its last step.
+    """
+    index = stage_of(stages, step)
+    stage = stages[index]
+    if stage.ramp == "constant" or index == 0:
+        return stage.l1
+    before = stages[index - 1]
+    if step == stage.until_step:
+        return stage.l1
+    share = (step - before.until_step) / (stage.until_step - before.until_step)
+    eta = 0.5 * (math.sin(-math.pi / 2 + math.pi * share) + 1)
+    return before.l1 + eta * (stage.l1 - before.l1)
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Linear warm-up, then one cosine over the whole run down to ``lr * lr_min_ratio`` (paper, App. L)."""
+    if step <= train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    span = max(1, train.total_steps - train.warmup_steps)
+    share = (step - train.warmup_steps) / span
+    floor = train.lr * train.lr_min_ratio
+    return floor + (train.lr - floor) * 0.5 * (1 + math.cos(math.pi * share))

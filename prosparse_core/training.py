@@ -1,0 +1,200 @@
+"""The loop of one stage: next-token loss + lambda * L1(x1) (paper, eq. 2), resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prosparse_core import checkpoint
+from prosparse_core.errors import ProSparseError
+from prosparse_core.mixing import Mixture
+from prosparse_core.precision import Precision, autocast
+from prosparse_core.progress import Progress
+from prosparse_core.recipe import Runtime, Train
+from prosparse_core.regularizer import L1Regularizer
+from prosparse_core.schedule import first_step, l1_lambda, learning_rate
+
+LOG = "log.jsonl"
+OPTIMIZER = "optimizer.pt"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of the training log."""
+
+    stage: int
+    step: int
+    tokens: int
+    l1_lambda: float
+    lr: float
+    lm_loss: float
+    l1: float
+    """The reduced |x1| (see ``l1_reduction``), without lambda."""
+    l1_term: float
+    """lambda * l1: what is added to the loss."""
+    mean_abs_x1: float
+    sparsity: float
+    grad_norm: float
+    tokens_per_s: float
+    wall_s: float
+
+
+def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW over all weights; decay only on matrices."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=True)
+
+
+def train_stage(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mixture: Mixture,
+    train: Train,
+    index: int,
+    folder: Path,
+    *,
+    precision: Precision,
+    runtime: Runtime,
+    progress: Progress,
+) -> None:
+    """Train ``model`` in place through stage ``index``, from wherever its newest checkpoint stands.
+
+    Args:
+        model: already substituted, on its device, fp32 weights.
+        optimizer: carries its state from the stage before.
+        folder: work folder of the stage; receives ``log.jsonl`` and, while running, ``checkpoints/``.
+
+    Raises:
+        ProSparseError: the loss is no longer finite.
+    """
+    device = next(model.parameters()).device.type
+    first, last = first_step(train.stages, index), train.stages[index].until_step
+    torch.manual_seed(first)
+    done = checkpoint.restore(folder / CHECKPOINTS, model, optimizer, progress, device)
+    start = max(first, done + 1)
+    _cut_log(folder / LOG, before=start)
+    model.train()
+    saved_at = time.monotonic()
+    with L1Regularizer(model, train.l1_reduction) as regularizer, open(folder / LOG, "a", encoding="utf-8") as log:
+        if start <= last:
+            regularizer.l1_lambda = l1_lambda(train.stages, last)
+            progress.note(
+                f"lambda at the end {regularizer.l1_lambda:g}: per element of x1 "
+                f"{regularizer.element_coefficient(train.tokens_per_step):.3g}"
+            )
+        for step in range(start, last + 1):
+            metrics = _one_step(model, optimizer, regularizer, mixture, train, index, step, precision)
+            log.write(json.dumps(asdict(metrics)) + "\n")
+            log.flush()
+            progress.update(
+                step - first + 1,
+                last - first + 1,
+                step=step,
+                stage=index,
+                **{"lambda": metrics.l1_lambda},
+                lm_loss=metrics.lm_loss,
+                l1=metrics.l1,
+                sparsity=metrics.sparsity,
+                tokens_per_s=metrics.tokens_per_s,
+            )
+            if not math.isfinite(metrics.lm_loss) or not math.isfinite(metrics.grad_norm):
+                raise ProSparseError(
+                    f"stage {index}, step {step}: loss {metrics.lm_loss}, gradient norm {metrics.grad_norm}",
+                    hint="lower train.lr or the stage's l1",
+                )
+            by_steps = runtime.checkpoint_every_steps and step % runtime.checkpoint_every_steps == 0
+            by_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_every_minutes
+            if step < last and (by_steps or by_time):
+                checkpoint.save(folder / CHECKPOINTS, step, model, optimizer)
+                saved_at = time.monotonic()
+    model.eval()
+
+
+def _one_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    regularizer: L1Regularizer,
+    mixture: Mixture,
+    train: Train,
+    index: int,
+    step: int,
+    precision: Precision,
+) -> StepMetrics:
+    began = time.perf_counter()
+    device = next(model.parameters()).device
+    rate = learning_rate(train, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    regularizer.l1_lambda = l1_lambda(train.stages, step)
+    batch = mixture.batch(step, train.tokens_per_step // mixture.seq_len)
+    num_labels = int((batch.labels[:, 1:] != -100).sum())
+    lm_loss = torch.zeros((), device=device)
+    for tokens, labels, share in _micro_batches(batch.tokens, batch.labels, train.micro_batch):
+        regularizer.scale = share
+        with autocast(precision, device.type):
+            logits = model(input_ids=tokens.to(device), use_cache=False).logits
+        loss = next_token_loss(logits, labels.to(device)) / max(1, num_labels)
+        loss.backward()
+        lm_loss += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    l1, mean_abs_x1, sparsity = regularizer.collect()
+    wall = time.perf_counter() - began
+    return StepMetrics(
+        stage=index,
+        step=step,
+        tokens=step * train.tokens_per_step,
+        l1_lambda=regularizer.l1_lambda,
+        lr=rate,
+        lm_loss=float(lm_loss),
+        l1=l1,
+        l1_term=regularizer.l1_lambda * l1,
+        mean_abs_x1=mean_abs_x1,
+        sparsity=sparsity,
+        grad_norm=float(norm),
+        tokens_per_s=train.tokens_per_step / wall,
+        wall_s=wall,
+    )
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed next-token cross entropy in fp32; ``labels`` [B, T] with -100 where there is none."""
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def _micro_batches(tokens: Tensor, labels: Tensor, micro: int | None) -> Iterator[tuple[Tensor, Tensor, float]]:
+    size = micro or len(tokens)
+    for start in range(0, len(tokens), size):
+        yield tokens[start : start + size], labels[start : start + size], size / len(tokens)
+
+
+def _cut_log(path: Path, before: int) -> None:
+    """Keep only whole lines of steps before ``before``: the others are about to be run again."""
+    if not path.is_file():
+        return
+    kept: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] < before:
+            kept.append(entry)
+    path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")

