@@ -49,7 +49,7 @@ def cache_folder() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The compiler's command: ``$CXX`` if set, else the first of ``c++, g++, clang++``. RuntimeError if there is none."""
+    """The compiler's command: ``$CXX`` if set, else ``c++``, ``g++`` or ``clang++``. RuntimeError if there is none."""
     if chosen := os.environ.get("CXX"):
         command = shlex.split(chosen)
         if command and shutil.which(command[0]):
@@ -68,17 +68,17 @@ def build() -> Build:
     """The compiled kernels for this machine, from the cache or made now. RuntimeError says why there are none."""
     compiler = find_compiler()
     version = _compiler_version(compiler)
-    attempts = []
-    for flags in FLAG_SETS:
-        key = _key(compiler, version, flags)
-        path = cache_folder() / f"cpu-{key}.so"
+    candidates = [(flags, cache_folder() / f"cpu-{_key(compiler, version, flags)}.so") for flags in FLAG_SETS]
+    for flags, path in candidates:  # a lesser set was only ever built after the better ones had failed
         if path.exists():
             return Build(path, version, flags)
+    attempts = []
+    for flags, path in candidates:
         error = _compile_once(compiler, flags, path)
         if error is None:
             return Build(path, version, flags)
         attempts.append(f"with {' '.join(flags) or 'no extra flags'}: {error}")
-        logger.info("native kernels: %s failed %s", compiler[0], attempts[-1])
+        logger.warning("native kernels: %s failed %s", compiler[0], attempts[-1])
     raise RuntimeError(f"native kernels: {' '.join(compiler)} cannot compile {SOURCES[0]}:\n" + "\n".join(attempts))
 
 

@@ -77,7 +77,10 @@ class NativeLibrary:
         if not 1 <= num_threads <= MAX_THREADS:
             raise ValueError(f"num_threads is {num_threads}: it must lie in 1..{MAX_THREADS}")
         if num_threads > 1 and not self.openmp:
-            raise ValueError(f"num_threads is {num_threads}, but {self.build.compiler} built the kernels without OpenMP")
+            raise ValueError(
+                f"num_threads is {num_threads}, but {self.build.compiler} built the kernels without OpenMP; install it "
+                f"and delete {self.build.path}, or use one thread"
+            )
 
 
 def _bind(handle: ctypes.CDLL, name: str, result: type | None, *arguments: type) -> ctypes._NamedFuncPointer:
@@ -92,7 +95,7 @@ _failure: str | None = None
 
 
 def load() -> NativeLibrary:
-    """The native kernels, compiled on first use. RuntimeError (always the same one) if this machine cannot have them."""
+    """The native kernels, compiled on first use. RuntimeError, always the same, if this machine cannot have them."""
     global _library, _failure
     if _library is not None:
         return _library
@@ -223,7 +226,7 @@ class NativeFFN:
 
     @staticmethod
     def _tokens(x: Tensor) -> int:
-        return 1 if x.ndim == 1 else x.shape[0]
+        return x.shape[0] if x.ndim > 1 else 1
 
     @staticmethod
     def _output(out: Tensor | None, like: Tensor, width: int, tokens: int) -> Tensor:
