@@ -1,0 +1,236 @@
+"""The weighted mixture: corpora -> packed windows of a fixed length on disk -> ``batch(step)``, a pure function.
+
+Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
+
+    manifest.json                     what it is made of, in tokens, documents, files and epochs
+    train/CORPUS.tokens.npy           int32 [windows, seq_len]
+    train/CORPUS.mask.npy             uint8 [windows, seq_len], 1 where the token is a label; instruction corpora only
+    calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .mask.npy)
+    calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt?, num_tokens}
+    evaluation/CORPUS.jsonl           likewise, of other files
+    evaluation/choices.jsonl          {id, file, question, choices, answer}: made of held-out evaluation code
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prosparse_core import code_corpora
+from prosparse_core.errors import BadInput
+from prosparse_core.packing import Encoder
+from prosparse_core.progress import Progress, Silent
+from prosparse_core.recipe import Data, Source
+from prosparse_core.shards import SPLITS, Corpus, write_jsonl
+from prosparse_core.sources import Document, stable_hash
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1024
+"""Samples in which every corpus has exactly its share."""
+MANIFEST = "manifest.json"
+CHOICES = "choices"
+
+
+def prepare(
+    data: Data, tokenizer: Any, folder: Path, *, seed: int, train_tokens: int, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the mixture into ``folder`` and return its manifest.
+
+    The same data, tokenizer and seed give the same windows: ``train_tokens``, the tokens of the planned training, only
+    tells the manifest how many epochs it makes over each corpus.
+
+    Raises:
+        BadInput: a source cannot be read, or has too little text; a weight is too small to be seen.
+        EnvironmentProblem: the hub cannot be reached.
+    """
+    progress = progress or Silent()
+    encoder = Encoder(tokenizer)
+    counts = block_counts(data.sources)
+    corpora = [Corpus(source, encoder, data, seed) for source in data.sources]
+    for split in SPLITS:
+        (folder / split).mkdir(parents=True, exist_ok=True)
+
+    held_out: set[bytes] = set()
+    for corpus in corpora:
+        held_out |= corpus.write_held_out(folder)
+    questions = code_corpora.choice_questions(data.choice_questions, seed=seed) if data.choice_questions else []
+    if questions:
+        write_jsonl(folder / "evaluation" / f"{CHOICES}.jsonl", (question.row for question in questions))
+        held_out |= {question.function.document.key for question in questions}
+
+    trained = [corpus for corpus in corpora if counts[corpus.name]]
+    done, total = 0, sum(corpus.source.max_tokens for corpus in trained)
+    for corpus in trained:
+        for tokens in corpus.write_train(folder, held_out):
+            progress.update(done + tokens, total, corpus=corpus.name)
+        done += corpus.source.max_tokens
+    progress.update(total, total)
+
+    entries = []
+    for corpus in corpora:
+        share = counts[corpus.name] / BLOCK
+        entries.append(corpus.describe(share, share * train_tokens) | {"samples_per_block": counts[corpus.name]})
+        if entries[-1]["epochs"] > 1:
+            progress.note(f"{corpus.name}: training goes {entries[-1]['epochs']:.1f} times over its text")
+    manifest = {
+        "seq_len": data.seq_len,
+        "seed": seed,
+        "train_tokens": train_tokens,
+        "tokenizer": encoder.description,
+        "choice_questions": len(questions),
+        "corpora": entries,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return manifest
+
+
+def block_counts(sources: list[Source]) -> dict[str, int]:
+    """Samples of each source in a block of ``BLOCK``: its share of the weights, by the largest remainder.
+
+    Raises:
+        BadInput: a weight above 0 that is too small to get one sample; a name that cannot be a file name.
+    """
+    for source in sources:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.name) or source.name == CHOICES:
+            raise BadInput(
+                f"source name {source.name!r} cannot be a file name here",
+                hint=f"letters, digits, '.', '_' and '-'; not {CHOICES!r}",
+            )
+    whole = sum(source.weight for source in sources)
+    exact = [source.weight / whole * BLOCK for source in sources]
+    counts = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(sources)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: BLOCK - sum(counts)]:
+        counts[i] += 1
+    for source, count in zip(sources, counts, strict=True):
+        if source.weight > 0 and count == 0:
+            raise BadInput(
+                f"source {source.name!r}: weight={source.weight} is less than 1/{BLOCK} of all weights: never sampled",
+                hint="raise the weight, or set it to 0 to measure on this corpus without training on it",
+            )
+    return {source.name: count for source, count in zip(sources, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``tokens`` and ``labels`` int64 [sequences, seq_len].
+
+    Labels equal tokens, or are -100 where there is no loss; the model shifts them.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    corpora: list[int]
+    """Of each sequence: its place in :attr:`Mixture.corpora`."""
+
+
+@dataclass
+class _Windows:
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    epochs: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+class Mixture:
+    """Reads a prepared folder. Everything is a pure function of the folder's contents and the seed.
+
+    Sample ``i`` (from 0) belongs to block ``i // 1024``, in which every corpus has its ``samples_per_block`` places, in
+    an order shuffled by the seed and the block. The ``k``-th sample of a corpus of ``n`` windows takes window
+    ``permutation(corpus, epoch=k // n)[k % n]``.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._folder, self._seed = Path(folder), seed
+        self.manifest: dict[str, Any] = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
+        self.seq_len: int = self.manifest["seq_len"]
+        self._counts: list[int] = [entry["samples_per_block"] for entry in self.manifest["corpora"]]
+        self._train = [
+            self._open("train", name) if count else None for name, count in zip(self.corpora, self._counts, strict=True)
+        ]
+        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+
+    @property
+    def corpora(self) -> list[str]:
+        """All corpora, also those of weight 0, in the order of the recipe."""
+        return [entry["name"] for entry in self.manifest["corpora"]]
+
+    def batch(self, step: int, sequences: int) -> Batch:
+        """The samples ``(step - 1) * sequences`` and following; ``step`` counts from 1."""
+        import torch
+
+        assert step >= 1
+        assert sequences >= 1
+        tokens = np.empty((sequences, self.seq_len), dtype=np.int64)
+        labels = np.empty_like(tokens)
+        corpora = []
+        for row in range(sequences):
+            corpus, window = self.sample((step - 1) * sequences + row)
+            source = self._train[corpus]
+            assert source is not None
+            tokens[row] = source.tokens[window]
+            labels[row] = tokens[row] if source.mask is None else np.where(source.mask[window], tokens[row], -100)
+            corpora.append(corpus)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), corpora)
+
+    def sample(self, index: int) -> tuple[int, int]:
+        """Corpus and window of sample ``index`` (from 0)."""
+        block, place = divmod(index, BLOCK)
+        corpora, ranks = self._block(block)
+        corpus = int(corpora[place])
+        source = self._train[corpus]
+        assert source is not None
+        epoch, at = divmod(block * self._counts[corpus] + int(ranks[place]), len(source.tokens))
+        if epoch not in source.epochs:
+            if len(source.epochs) > 1:
+                source.epochs.clear()
+            source.epochs[epoch] = permutation(len(source.tokens), self._seed, self.corpora[corpus], epoch)
+        return corpus, int(source.epochs[epoch][at])
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each place in the block: its corpus, and how many samples of that corpus precede it in the block."""
+        corpora = np.repeat(np.arange(len(self._counts)), self._counts)[permutation(BLOCK, self._seed, "block", block)]
+        ranks = np.empty(BLOCK, dtype=np.int64)
+        for corpus, count in enumerate(self._counts):
+            ranks[corpora == corpus] = np.arange(count)
+        return corpora, ranks
+
+    def calibration(self, corpus: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Held-out windows for the threshold search: tokens and labels, int64 [windows, seq_len]."""
+        import torch
+
+        windows = self._open("calibration", corpus)
+        tokens = np.array(windows.tokens, dtype=np.int64)
+        labels = tokens.copy() if windows.mask is None else np.where(windows.mask, tokens, -100)
+        return torch.from_numpy(tokens), torch.from_numpy(labels)
+
+    def held_out(self, split: str, corpus: str) -> list[Document]:
+        """The documents of ``calibration`` or ``evaluation``; ``packing.Encoder`` turns them into tokens."""
+        with (self._folder / split / f"{corpus}.jsonl").open(encoding="utf-8") as handle:
+            rows = [json.loads(line) for line in handle]
+        return [Document(row["id"], row["file"], row["text"], row.get("prompt")) for row in rows]
+
+    def _open(self, split: str, name: str) -> _Windows:
+        mask = self._folder / split / f"{name}.mask.npy"
+        tokens = np.load(self._folder / split / f"{name}.tokens.npy", mmap_mode="r")
+        return _Windows(tokens, np.load(mask, mmap_mode="r") if mask.exists() else None)
+
+
+def permutation(length: int, *key: object) -> np.ndarray:
+    """A permutation of ``range(length)`` by the key.
+
+    Sorted by splitmix64 rather than drawn from a library's generator, whose stream may change with its version.
+    """
+    x = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x += np.array(stable_hash(*key), dtype=np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
