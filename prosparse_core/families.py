@@ -82,8 +82,8 @@ class FFN:
     def activation(self) -> nn.Module:
         return self.module.get_submodule(self.family.act)
 
-    @activation.setter
-    def activation(self, activation: nn.Module) -> None:
+    def swap_activation(self, activation: nn.Module) -> None:
+        """Give this FFN, and no other, a new activation."""
         setattr(self.module, self.family.act, activation)
 
 

@@ -25,6 +25,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class Shape(Section):
+    """Sizes of a gated decoder: lets ``plan`` estimate a model that is not here yet. Decides no result."""
+
+    num_layers: int = Field(gt=0)
+    d_model: int = Field(gt=0)
+    d_ff: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    tied: bool = False
+
+
+class Hardware(Section):
+    """What ``plan`` estimates hours for. Decides no result."""
+
+    device: Literal["a100-80g", "h100-80g", "cpu-core"]
+    count: int = Field(gt=0)
+
+
 class Model(Section):
     """Where the dense model comes from."""
 
@@ -35,6 +54,7 @@ class Model(Section):
     revision: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """Only for ``random:FAMILY``: the keys of the Hugging Face config."""
+    shape: Shape | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast precision of every forward pass (weights stay fp32); ``auto`` is bf16 where the hardware has it."""
 
@@ -165,6 +185,10 @@ class Train(Section):
     def total_tokens(self) -> int:
         return self.total_steps * self.tokens_per_step
 
+    def tokens_after(self, stage: int) -> int:
+        """Tokens seen when a stage ends."""
+        return self.stages[stage].until_step * self.tokens_per_step
+
 
 class Calibrate(Section):
     """Threshold shifting (paper, section 3.3): the FATReLU curve and the rule that picks from it."""
@@ -243,6 +267,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     predictor: Predictor = Predictor()
     speed: Speed = Speed()
+    hardware: Hardware | None = None
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

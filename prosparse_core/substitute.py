@@ -19,7 +19,7 @@ def substitute(model: nn.Module, make: Callable[[int], nn.Module]) -> int:
     """
     ffns = find_ffns(model)
     for ffn in ffns:
-        ffn.activation = make(ffn.layer)
+        ffn.swap_activation(make(ffn.layer))
     swapped = sum(isinstance(f.activation, type(make(f.layer))) for f in ffns)
     assert swapped == len(ffns) == model.config.num_hidden_layers, f"{swapped} of {len(ffns)} activations swapped"  # type: ignore[union-attr]
     return swapped

@@ -88,6 +88,8 @@ class Run:
     prefect: bool = False
     """Inside a Prefect flow run: each step is a task run."""
     history: list[tuple[str, Artifact | None, Outcome]] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a planned step would run, by label."""
 
     def __post_init__(self) -> None:
         self.store = Store(self.home)
@@ -141,8 +143,8 @@ class Run:
             found = self.store.find(name, label, fingerprint(payload))
         outcome: Outcome = "cached" if found else "would run"
         self.history.append((label, found, outcome))
-        detail = "" if found else _why(self, name, payload)
-        self.watcher.outcome(label, outcome, detail)
+        if not found:
+            self.reasons[label] = _why(self, name, payload)
         return found or Artifact(name, label, None, None, None)
 
 

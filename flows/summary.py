@@ -1,0 +1,112 @@
+"""What a run came to, read from its artifacts: the same data for the closing table and for ``--json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prosparse_core.store import Artifact, make_folder, read_record, write_json
+from tasks.step import Run
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """One row of the closing table."""
+
+    setting: str
+    perplexity: Mapping[str, float]
+    sparsity: Mapping[str, float]
+    accuracy: float | None
+    threshold: float | None
+
+
+@dataclass
+class Result:
+    """Everything people are told at the end of a run."""
+
+    run_id: str
+    recipe: str
+    corpora: list[str] = field(default_factory=list)
+    settings: list[SettingResult] = field(default_factory=list)
+    predictor: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
+    places: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines below the table."""
+        lines = []
+        if self.predictor:
+            p = self.predictor
+            lines.append(
+                f"predictor   recall {_pct(p['recall'])}, predicted sparsity {_pct(p['predicted_sparsity'])} "
+                f"(true {_pct(p['true_sparsity'])}) at cutoff {p['cutoff']:g}"
+            )
+        if self.speed:
+            ups, limits = self.speed["speedup"], self.speed.get("limit", {})
+            parts = [
+                f"{name} {'n/a' if ups.get(key) is None else f'{ups[key]:.2f}x'}"
+                + (f" (limit {limits[key]:.2f}x)" if limits.get(key) else "")
+                for key, name in (("s2", "S2"), ("s3", "S3"), ("ffn", "FFN"), ("decode", "decode"))
+            ]
+            lines.append(f"speed-up    {', '.join(parts)} [{self.speed['implementation']}]")
+        lines += [f"{name:<11} {place}" for name, place in self.places.items()]
+        counted = ", ".join(f"{n} {outcome}" for outcome, n in self.steps.items())
+        lines.append(f"steps       {counted}")
+        return lines
+
+
+def of_run(run: Run) -> Result:
+    """The result of a run from the artifacts it made or found."""
+    result = Result(run.run_id, run.recipe.name)
+    threshold: float | None = None
+    for _, artifact, outcome in run.history:
+        result.steps[outcome] = result.steps.get(outcome, 0) + 1
+        if artifact is None or artifact.folder is None:
+            continue
+        meta = artifact.meta()
+        if artifact.step == "calibrate":
+            threshold = meta["threshold"]
+        elif artifact.step == "evaluate":
+            result.settings.append(_setting(artifact, meta, threshold))
+            result.corpora = list(meta["perplexity"])
+        elif artifact.step == "predictor":
+            result.predictor = meta
+        elif artifact.step == "speed":
+            result.speed = meta
+        elif artifact.step == "export":
+            result.places["model"] = str(artifact.path / "hf")
+        elif artifact.step == "report":
+            result.places["report"] = str(artifact.path / "report.html")
+    result.places["ledger"] = str(run.home / "ledger.duckdb")
+    return result
+
+
+def _setting(artifact: Artifact, meta: Mapping[str, Any], threshold: float | None) -> SettingResult:
+    name = read_record(artifact.path)["payload"]["config"]["variant"]["setting"]
+    return SettingResult(
+        setting=name,
+        perplexity=meta["perplexity"],
+        sparsity=meta["sparsity"],
+        accuracy=next(iter(meta.get("accuracy", {}).values()), None),
+        threshold=threshold if name == "prosparse" else None,
+    )
+
+
+def _pct(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def save(result: Result, home: Path) -> None:
+    """Keep the result of a run beside the ledger, for ``run --json``."""
+    write_json(make_folder(home / "runs") / f"{result.run_id}.json", dataclasses.asdict(result))
+
+
+def load(home: Path, run_id: str) -> dict[str, Any]:
+    """What :func:`save` wrote."""
+    return json.loads((home / "runs" / f"{run_id}.json").read_text(encoding="utf-8"))

@@ -1,0 +1,237 @@
+"""What each verb of the command line does. Heavy imports stay inside: ``--help``, ``plan`` and ``query`` answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flows import console, summary
+from flows.run import home_folder, open_run, planned
+from prosparse_core import recipe as recipes
+from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.ledger import EXAMPLES, Ledger
+
+
+def verb_run(arguments: argparse.Namespace) -> int:
+    """Run a recipe in this process: with Prefect (a server is started for the run if none is up), or without."""
+    recipes.load(arguments.recipe, arguments.overrides)
+    if arguments.json:
+        console.only_json()
+    if arguments.inline:
+        from flows.full import full
+
+        with open_run(
+            arguments.recipe, arguments.overrides, force=arguments.force, until=arguments.until, prefect=False
+        ) as run:
+            full(run)
+        run_id = run.run_id
+    else:
+        run_id = _run_with_prefect(arguments)
+    if arguments.json:
+        console.print_json(summary.load(home_folder(), run_id))
+    return 0
+
+
+def _run_with_prefect(arguments: argparse.Namespace) -> str:
+    from flows import service
+
+    os.environ.update(service.environment(home_folder()))
+    from flows.full import prosparse
+
+    return prosparse(
+        recipe=arguments.recipe, overrides=arguments.overrides, force=arguments.force, until=arguments.until
+    )
+
+
+def verb_plan(arguments: argparse.Namespace) -> int:
+    """What would run, what is cached and why not, and what it costs."""
+    from flows.full import full
+    from prosparse_core import planning
+
+    recipe, run = planned(arguments.recipe, arguments.overrides, force=arguments.force)
+    problem = None
+    try:
+        full(run)
+    except ProSparseError as error:  # a model or corpus that is not here yet does not hide the costs
+        problem = error
+    shape = planning.shape_of(recipe.model)
+    cost = planning.cost(recipe, shape, _measured_speed(run.ledger, recipe)) if shape else None
+    if arguments.json:
+        console.print_json(
+            {
+                "recipe": recipe.name,
+                "steps": [{"label": label, "outcome": outcome} for label, _, outcome in run.history],
+                "cost": dataclasses.asdict(cost) if cost else None,
+                "problem": None if problem is None else {"error": str(problem), "hint": problem.hint},
+            }
+        )
+        return 0
+    console.print_plan(recipe, run, cost)
+    if problem is not None:
+        console.print_error(str(problem), problem.hint)
+        return problem.exit_code
+    return 0
+
+
+def _measured_speed(ledger: Ledger, recipe: recipes.Recipe) -> float | None:
+    """Median training speed of earlier runs of the same model and step size here, if the ledger has any."""
+    if not ledger.exists():
+        return None
+    sql = (
+        "SELECT median(tokens_per_s) FROM loss_curve WHERE recipe = "
+        + "'" + recipe.name.replace("'", "''") + "'"
+    )
+    rows = ledger.query(sql).rows
+    return float(rows[0][0]) if rows and rows[0][0] else None
+
+
+def verb_validate(arguments: argparse.Namespace) -> int:
+    """Load the recipe and check that its model and data are there."""
+    from tasks import preflight
+
+    recipe = recipes.load(arguments.recipe, arguments.overrides)
+    preflight.check(recipe, home_folder())
+    if arguments.json:
+        console.print_json(recipe.model_dump(mode="json"))
+    else:
+        console.out.print(f"{recipe.name}: valid, {len(recipe.train.stages)} stages, {recipe.train.total_tokens:,} tokens")
+    return 0
+
+
+def verb_recipes(arguments: argparse.Namespace) -> int:
+    """The shipped recipes."""
+    loaded = [recipes.load(name) for name in recipes.names()]
+    rows = [
+        [r.name, r.description, len(r.train.stages), r.train.total_tokens, max(s.l1 for s in r.train.stages)]
+        for r in loaded
+    ]
+    columns = ["recipe", "description", "stages", "tokens", "largest lambda"]
+    _print(arguments, columns, rows)
+    return 0
+
+
+def verb_query(arguments: argparse.Namespace) -> int:
+    """SQL on the published ledger; the questions people ask first when there is none."""
+    if not arguments.sql:
+        _print(arguments, ["question", "sql"], [list(example) for example in EXAMPLES])
+        return 0
+    found = Ledger(home_folder()).query(arguments.sql)
+    _print(arguments, found.columns, found.rows)
+    return 0
+
+
+def verb_up(arguments: argparse.Namespace) -> int:
+    from flows import service
+
+    return _print_status(arguments, service.up(home_folder()))
+
+
+def verb_down(arguments: argparse.Namespace) -> int:
+    from flows import service
+
+    return _print_status(arguments, service.down(home_folder()))
+
+
+def verb_status(arguments: argparse.Namespace) -> int:
+    """The services, and the newest runs of the ledger."""
+    from flows import service
+
+    ledger = Ledger(home_folder())
+    runs = ledger.query("FROM runs ORDER BY started_at DESC LIMIT 10") if ledger.exists() else None
+    return _print_status(arguments, service.status(home_folder()), runs)
+
+
+def verb_recover(arguments: argparse.Namespace) -> int:
+    """Mark dead runs, in Prefect and in the ledger."""
+    from flows import service
+    from flows.run import mark_dead_runs
+
+    marked = service.recover(home_folder())
+    dead = mark_dead_runs(home_folder())
+    _print(arguments, ["marked as dead"], [[name] for name in [*marked, *dead]])
+    return 0
+
+
+def verb_doctor(arguments: argparse.Namespace) -> int:
+    from flows import doctor
+
+    findings = doctor.examine(home_folder())
+    _print(arguments, ["check", "state", "found", "way out"], [[f.check, f.state, f.found, f.way_out] for f in findings])
+    return 3 if any(f.state == "broken" for f in findings) else 0
+
+
+def verb_report(arguments: argparse.Namespace) -> int:
+    """Write the report of a finished run from the ledger."""
+    from prosparse_core.report import write_report
+
+    ledger = Ledger(home_folder())
+    target = Path(arguments.out or "report.html")
+    write_report(ledger, _finished_run(ledger, arguments.run), target)
+    _print(arguments, ["report"], [[str(target.resolve())]])
+    return 0
+
+
+def verb_export(arguments: argparse.Namespace) -> int:
+    """Copy the exported Hugging Face folder of a run; refuses to overwrite."""
+    ledger = Ledger(home_folder())
+    run_id = _finished_run(ledger, arguments.run)
+    rows = ledger.query(
+        f"SELECT a.path, r.recipe FROM steps s JOIN runs r USING (run_id) JOIN artifacts a ON a.digest = s.artifact "
+        f"WHERE s.run_id = '{run_id}' AND s.step = 'export'"
+    ).rows
+    if not rows:
+        raise BadInput(f"run {run_id} exported no model", hint="let it run to its end: prosparse run RECIPE")
+    source = _export_folder(Path(rows[0][0]))
+    target = Path(arguments.out or f"{rows[0][1]}-prosparse")
+    if target.exists():
+        raise BadInput(f"{target} is there already", hint="give another folder with --out")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.copytree(source, temporary)
+    os.replace(temporary, target)
+    _print(arguments, ["model"], [[str(target.resolve())]])
+    return 0
+
+
+def _export_folder(path: Path) -> Path:
+    folder = path if path.is_absolute() else home_folder() / path
+    return folder / "hf"
+
+
+def _finished_run(ledger: Ledger, run_id: str | None) -> str:
+    """The run asked for, or the newest finished one.
+
+    Raises:
+        BadInput: no such run, or none finished yet.
+    """
+    where = "status = 'done'" if run_id is None else "run_id = '" + run_id.replace("'", "''") + "'"
+    rows = ledger.query(f"SELECT run_id FROM runs WHERE {where} ORDER BY started_at DESC LIMIT 1").rows
+    if not rows:
+        what = "no finished run in the ledger" if run_id is None else f"no run {run_id!r} in the ledger"
+        raise BadInput(what, hint='prosparse query "SELECT run_id, status FROM runs"')
+    return str(rows[0][0])
+
+
+def _print_status(arguments: argparse.Namespace, status: Any, runs: Any = None) -> int:
+    data = dataclasses.asdict(status)
+    if arguments.json:
+        if runs is not None:
+            data["runs"] = [dict(zip(runs.columns, row, strict=True)) for row in runs.rows]
+        console.print_json(data)
+        return 0
+    console.table(["service", "state"], [[k, v if isinstance(v, str) else json.dumps(v, default=str)] for k, v in data.items()])
+    if runs is not None:
+        keep = [runs.columns.index(c) for c in ("run_id", "recipe", "status", "started_at", "ended_at")]
+        console.table([runs.columns[i] for i in keep], [[row[i] for i in keep] for row in runs.rows], title="newest runs")
+    return 0
+
+
+def _print(arguments: argparse.Namespace, columns: list[str], rows: list[Any]) -> None:
+    if arguments.json:
+        console.print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        console.table(columns, rows)

@@ -1,0 +1,181 @@
+"""The activation predictor of a layer: d_model -> hidden -> d_ff, no bias, ReLU between (paper, App. C and F).
+
+It sees x, the input of gate and up, and says for every neuron how likely x1 != 0 is. Without biases a positive factor
+on x never changes the sign of a logit: at cutoff 0.5 the predictor decides the same on x before its RMS normalisation,
+once the norm's weight is multiplied into the columns of ``fc1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prosparse_core.errors import BadInput
+from prosparse_core.recording import LayerRecording
+
+LABEL_RULE = "nonzero"
+"""A neuron is active iff |x1| > 0: no clipping to the largest ones, no sign."""
+WEIGHT_DECAY = 0.01
+DENSITY_OFFSET = 0.005
+EVALUATE_BATCH = 1024
+
+
+class LayerPredictor(nn.Module):
+    """``fc2(relu(fc1(x)))``: logits of a neuron being active. fc1 is [hidden, d_model], fc2 is [d_ff, hidden]."""
+
+    def __init__(self, d_model: int, d_ff: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, d_ff, bias=False)
+
+    @property
+    def hidden(self) -> int:
+        return self.fc1.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_model] -> logits [..., d_ff]."""
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+@dataclass(frozen=True)
+class CutoffMetrics:
+    """How well a predictor does on ``num_tokens`` tokens when ``probability >= cutoff`` means active (paper, App. C)."""
+
+    cutoff: float
+    recall: float | None
+    """Active neurons that were predicted active, of all active ones, summed over tokens; None if there were none."""
+    predicted_sparsity: float
+    """Share of all neurons, over tokens, that were predicted inactive."""
+    true_sparsity: float
+    num_tokens: int
+
+
+def weighted_bce(logits: Tensor, active: Tensor, negative_weight: float) -> Tensor:
+    """Mean binary cross entropy; an active neuron weighs 1, an inactive one ``negative_weight``.
+
+    ``logits`` [tokens, d_ff], ``active`` the same shape, float 0 or 1.
+    """
+    weight = active + (1 - active) * negative_weight
+    return nn.functional.binary_cross_entropy_with_logits(logits, active, weight=weight)
+
+
+def train(
+    recording: LayerRecording,
+    *,
+    hidden: int,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    device: str = "cpu",
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> LayerPredictor:
+    """A predictor trained on one layer's recording; the same arguments give the same weights.
+
+    AdamW with ``lr`` falling linearly to 0, on :func:`weighted_bce` whose negative weight is the share of active
+    neurons of the layer + 0.005: both classes weigh about the same in total, so recall is preferred to precision.
+
+    Args:
+        on_epoch: called with the number of finished epochs and the mean loss of the last one.
+    """
+    generator = torch.Generator().manual_seed(_layer_seed(seed, recording.layer))
+    predictor = LayerPredictor(recording.inputs.shape[1], recording.d_ff, hidden)
+    for linear in (predictor.fc1, predictor.fc2):
+        bound = linear.in_features**-0.5
+        nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+    predictor.to(device)
+    negative_weight = 1.0 - recording.sparsity + DENSITY_OFFSET
+    optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
+    num_steps = epochs * -(-recording.num_tokens // batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = torch.randperm(recording.num_tokens, generator=generator)
+        losses = []
+        for rows in order.split(batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / num_steps)
+            logits = predictor(recording.inputs[rows].to(device, torch.float32))
+            loss = weighted_bce(logits, recording.active(rows).to(device, torch.float32), negative_weight)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            step += 1
+        if on_epoch:
+            on_epoch(epoch + 1, float(torch.stack(losses).mean()))
+    return predictor.cpu().eval()
+
+
+def _layer_seed(seed: int, layer: int) -> int:
+    return seed * 100_003 + layer
+
+
+@torch.inference_mode()
+def evaluate(
+    predictor: LayerPredictor, recording: LayerRecording, cutoffs: Sequence[float], device: str = "cpu"
+) -> list[CutoffMetrics]:
+    """The metrics at every cutoff, on tokens the predictor was not trained on."""
+    predictor.to(device)
+    num_active, hits, predicted = 0, [0] * len(cutoffs), [0] * len(cutoffs)
+    for rows in torch.arange(recording.num_tokens).split(EVALUATE_BATCH):
+        probability = torch.sigmoid(predictor(recording.inputs[rows].to(device, torch.float32)))
+        active = recording.active(rows).to(device)
+        num_active += int(active.sum())
+        for i, cutoff in enumerate(cutoffs):
+            chosen = probability >= cutoff
+            predicted[i] += int(chosen.sum())
+            hits[i] += int((chosen & active).sum())
+    predictor.cpu()
+    total = recording.num_tokens * recording.d_ff
+    return [
+        CutoffMetrics(
+            cutoff=cutoff,
+            recall=hits[i] / num_active if num_active else None,
+            predicted_sparsity=1.0 - predicted[i] / total,
+            true_sparsity=1.0 - num_active / total,
+            num_tokens=recording.num_tokens,
+        )
+        for i, cutoff in enumerate(cutoffs)
+    ]
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where the predictor of a layer lies: safetensors with ``fc1.weight`` and ``fc2.weight``, fp32."""
+    return folder / f"layer_{layer}.safetensors"
+
+
+def save(predictor: LayerPredictor, folder: Path, layer: int) -> None:
+    """Write a layer's predictor; the file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = layer_file(folder, layer)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({k: v.contiguous() for k, v in predictor.state_dict().items()}, temporary)
+    os.replace(temporary, path)
+
+
+def load(folder: Path, layer: int) -> LayerPredictor:
+    """The predictor of one layer of a predictor artifact.
+
+    Raises:
+        BadInput: no such file, or not the two matrices of a predictor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = layer_file(folder, layer)
+    try:
+        weights = load_file(path)
+        (hidden, d_model), (d_ff, width) = weights["fc1.weight"].shape, weights["fc2.weight"].shape
+        if width != hidden:
+            raise ValueError(f"fc2 takes {width} values, fc1 gives {hidden}")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BadInput(f"{path} is no activation predictor: {error}") from error
+    predictor = LayerPredictor(d_model, d_ff, hidden)
+    predictor.load_state_dict(weights)
+    return predictor.eval()

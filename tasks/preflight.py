@@ -1,0 +1,27 @@
+"""What must hold before anything expensive starts: the model is there, the data is there, the disk has room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prosparse_core.planning import disk_bytes, shape_of
+from prosparse_core.recipe import Recipe
+from prosparse_core.store import require_space
+from tasks import base_model
+
+
+def check(recipe: Recipe, home: Path) -> None:
+    """Refuse a run that cannot end well.
+
+    Raises:
+        BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files.
+        EnvironmentProblem: a missing package, too little room in the store.
+    """
+    from prosparse_core.sources import source_identity
+
+    base_model.identity(recipe.model)
+    for source in recipe.data.sources:
+        source_identity(source)
+    shape = shape_of(recipe.model)
+    if shape is not None and not (home / "store" / "export").is_dir():
+        require_space(home, disk_bytes(recipe, shape), f"a run of {recipe.name}")
