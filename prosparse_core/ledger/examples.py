@@ -1,0 +1,74 @@
+"""Questions people ask the ledger, each with the SQL that answers it."""
+
+EXAMPLES: list[tuple[str, str]] = [
+    (
+        "How do the settings compare: sparsity, perplexity, accuracy?",
+        "SELECT recipe, model, setting, round(100 * sparsity, 2) AS sparsity_pct, round(perplexity, 3) AS perplexity, "
+        "round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard ORDER BY model, sparsity",
+    ),
+    (
+        "Everything measured in the newest run",
+        "SELECT setting, kind, name, corpus_or_task, value, unit, conditions FROM results "
+        "WHERE run_id = (SELECT max_by(run_id, started_at) FROM runs) AND kind <> 'layer_sparsity' ORDER BY ALL",
+    ),
+    (
+        "Token perplexity of every setting on every corpus",
+        "SELECT run_id, setting, corpus_or_task AS corpus, value AS perplexity, n AS num_tokens FROM results "
+        "WHERE name = 'token_perplexity' AND kind = 'evaluation' ORDER BY run_id, corpus, perplexity",
+    ),
+    (
+        "Where do we stand beside the paper?",
+        "SELECT model, setting, metric, round(ours, 2) AS ours, paper, round(gap, 2) AS gap, paper_model, source "
+        "FROM paper_gap WHERE ours IS NOT NULL AND paper IS NOT NULL ORDER BY ALL",
+    ),
+    (
+        "What does each threshold cost, and which was chosen?",
+        "SELECT setting, threshold, sparsity, perplexity, round(perplexity_increase_pct, 2) AS increase_pct, chosen "
+        "FROM threshold_tradeoff WHERE corpus = 'mixed' ORDER BY run_id, setting, threshold",
+    ),
+    (
+        "The training curve, with lambda beside the loss",
+        "SELECT run_id, stage, step, tokens, l1_lambda, lm_loss, l1_term, sparsity FROM loss_curve "
+        "ORDER BY run_id, step",
+    ),
+    (
+        "Which layers are the densest?",
+        "SELECT v.setting, s.corpus, s.layer, s.sparsity, s.dead_frac FROM sparsity s "
+        "JOIN variants v USING (variant) ORDER BY s.sparsity LIMIT 10",
+    ),
+    (
+        "How much faster are the kernels, and under which conditions?",
+        "SELECT kernel, provider, baseline, sparsity, round(speedup, 2) AS speedup, round(speedup_low, 2) AS at_least, "
+        "limit_speedup, d_model, d_ff, dtype, threads, timer, cpu FROM speedup ORDER BY kernel, sparsity",
+    ),
+    (
+        "How good are the predictors at each cutoff?",
+        "SELECT variant, cutoff, avg(recall) AS recall, avg(predicted_sparsity) AS predicted_sparsity, "
+        "avg(true_sparsity) AS true_sparsity FROM predictors GROUP BY ALL ORDER BY variant, cutoff",
+    ),
+    (
+        "What failed, and what is the way out?",
+        "SELECT run_id, step, stage, error, hint, ended_at FROM steps WHERE status = 'failed' ORDER BY ended_at DESC",
+    ),
+    (
+        "How much time did the store save?",
+        "SELECT s.step, count(*) AS reused, sum(a.wall_s) AS saved_s FROM steps s "
+        "JOIN artifacts a ON (a.digest, a.fingerprint) = (s.artifact, s.fingerprint) "
+        "WHERE s.status = 'cached' GROUP BY s.step ORDER BY saved_s DESC",
+    ),
+    (
+        "What was the last evaluation made from?",
+        "SELECT depth, role, step, label, path FROM lineage_of("
+        "(SELECT max_by(digest, created_at) FROM artifacts WHERE step = 'evaluate'))",
+    ),
+    (
+        "What could not be measured, and why?",
+        "SELECT run_id, setting, corpus_or_task, conditions->>'note' AS reason FROM results "
+        "WHERE kind = 'evaluation' AND value IS NULL ORDER BY ALL",
+    ),
+    (
+        "What does a column mean?",
+        "SELECT table_name, column_name, data_type, comment FROM duckdb_columns() "
+        "WHERE table_name = 'leaderboard' ORDER BY column_index",
+    ),
+]

@@ -1,0 +1,104 @@
+-- The ledger's tables. Rows are only ever added: what can be derived is a view (views.sql).
+-- A fact belongs to the artifact it was measured in (`artifact` is that artifact's digest); a run shows the facts of
+-- every artifact one of its steps made or reused. The meaning of each column is in columns.csv.
+-- Raise the version in schema.py only when a column changes its meaning; new columns and views need nothing.
+
+CREATE TABLE schema_version (version INTEGER NOT NULL, signature VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL);
+COMMENT ON TABLE schema_version IS 'Which version of the schema made this file.';
+
+-- What ran. A start and an end are two rows; runs and steps are views over them.
+CREATE TABLE run_starts (
+  run_id VARCHAR PRIMARY KEY, flow VARCHAR NOT NULL, recipe VARCHAR NOT NULL, recipe_yaml VARCHAR NOT NULL,
+  overrides VARCHAR[] NOT NULL, model VARCHAR NOT NULL, host VARCHAR, pid BIGINT, started_at TIMESTAMP NOT NULL,
+  provenance JSON NOT NULL
+);
+COMMENT ON TABLE run_starts IS 'One row per run begun; ask the view runs.';
+
+CREATE TABLE run_ends (
+  run_id VARCHAR NOT NULL, status VARCHAR NOT NULL CHECK (status IN ('done', 'failed')), ended_at TIMESTAMP NOT NULL,
+  error VARCHAR
+);
+COMMENT ON TABLE run_ends IS 'One row per run ended; ask the view runs.';
+
+CREATE TABLE step_starts (
+  step_id VARCHAR PRIMARY KEY, run_id VARCHAR NOT NULL, step VARCHAR NOT NULL, stage INTEGER, label VARCHAR NOT NULL,
+  fingerprint VARCHAR NOT NULL, started_at TIMESTAMP NOT NULL
+);
+COMMENT ON TABLE step_starts IS 'One row per step begun; ask the view steps.';
+
+CREATE TABLE step_ends (
+  step_id VARCHAR NOT NULL, status VARCHAR NOT NULL CHECK (status IN ('done', 'cached', 'failed')), artifact VARCHAR,
+  ended_at TIMESTAMP NOT NULL, error VARCHAR, hint VARCHAR
+);
+COMMENT ON TABLE step_ends IS 'One row per step ended; ask the view steps.';
+
+-- What was made.
+CREATE TABLE artifacts (
+  digest VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, step VARCHAR NOT NULL, label VARCHAR NOT NULL,
+  path VARCHAR NOT NULL, bytes BIGINT NOT NULL, num_files INTEGER NOT NULL, created_at TIMESTAMP NOT NULL, wall_s DOUBLE,
+  payload JSON NOT NULL, provenance JSON NOT NULL, meta JSON NOT NULL, PRIMARY KEY (digest, fingerprint)
+);
+COMMENT ON TABLE artifacts IS 'One row per finished step folder of the store: what decided it, where it lies, how big it is.';
+
+CREATE TABLE lineage (
+  artifact VARCHAR NOT NULL, step VARCHAR NOT NULL, role VARCHAR NOT NULL, input VARCHAR NOT NULL, input_step VARCHAR,
+  input_fingerprint VARCHAR
+);
+COMMENT ON TABLE lineage IS 'One row per input of an artifact; lineage_of(digest) follows them to the source.';
+
+CREATE TABLE variant_facts (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, model VARCHAR NOT NULL, setting VARCHAR NOT NULL,
+  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT, PRIMARY KEY (artifact, variant)
+);
+COMMENT ON TABLE variant_facts IS 'Which variants an artifact measures; ask the view variants.';
+
+-- What was measured.
+CREATE TABLE train_metrics (
+  artifact VARCHAR NOT NULL, stage INTEGER, step BIGINT NOT NULL, tokens BIGINT, l1_lambda DOUBLE, lr DOUBLE,
+  lm_loss DOUBLE, l1 DOUBLE, l1_term DOUBLE, mean_abs_x1 DOUBLE, sparsity DOUBLE, grad_norm DOUBLE,
+  tokens_per_s DOUBLE, wall_s DOUBLE
+);
+COMMENT ON TABLE train_metrics IS 'The training log: one row per logged optimizer step of a stage.';
+
+CREATE TABLE sparsity (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, corpus VARCHAR NOT NULL, layer INTEGER NOT NULL CHECK (layer >= 0),
+  threshold DOUBLE, num_tokens BIGINT NOT NULL, sparsity DOUBLE NOT NULL CHECK (sparsity BETWEEN 0 AND 1),
+  dead_frac DOUBLE, mean_abs_x1 DOUBLE
+);
+COMMENT ON TABLE sparsity IS 'Share of exact zeros in x1 by variant, corpus and layer. Means over layers are in results and leaderboard.';
+
+CREATE TABLE thresholds (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, rule VARCHAR NOT NULL, scope VARCHAR NOT NULL,
+  threshold DOUBLE NOT NULL, corpus VARCHAR NOT NULL, num_tokens BIGINT NOT NULL, perplexity DOUBLE, sparsity DOUBLE,
+  chosen BOOLEAN NOT NULL
+);
+COMMENT ON TABLE thresholds IS 'The calibration curve: what every tried FATReLU threshold cost in perplexity and brought in sparsity.';
+
+CREATE TABLE evaluations (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, task VARCHAR, corpus VARCHAR, metric VARCHAR NOT NULL,
+  value DOUBLE, stderr DOUBLE, n BIGINT, num_fewshot INTEGER, "limit" BIGINT, batch_size INTEGER, dtype VARCHAR,
+  harness_version VARCHAR, higher_is_better BOOLEAN, headline BOOLEAN, note VARCHAR,
+  CHECK (task IS NOT NULL OR corpus IS NOT NULL), CHECK (value IS NOT NULL OR note IS NOT NULL)
+);
+COMMENT ON TABLE evaluations IS 'Perplexities by corpus and benchmark scores by task. A NULL value is n/a, and note says why.';
+
+CREATE TABLE predictors (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, layer INTEGER NOT NULL CHECK (layer >= 0), cutoff DOUBLE NOT NULL,
+  hidden INTEGER, label_rule VARCHAR, recall DOUBLE, predicted_sparsity DOUBLE, true_sparsity DOUBLE, num_tokens BIGINT
+);
+COMMENT ON TABLE predictors IS 'How well the activation predictors find the active neurons, by layer and cutoff.';
+
+CREATE TABLE speed (
+  artifact VARCHAR NOT NULL, kernel VARCHAR NOT NULL, provider VARCHAR NOT NULL, variant VARCHAR, d_model INTEGER,
+  d_ff INTEGER, num_tokens BIGINT, dtype VARCHAR NOT NULL, sparsity DOUBLE, mask_source VARCHAR, threads INTEGER,
+  timer VARCHAR NOT NULL, cache VARCHAR, p20_us DOUBLE, p50_us DOUBLE, p80_us DOUBLE, num_reps INTEGER, gbps DOUBLE,
+  rel_err DOUBLE, gate_passed BOOLEAN, limit_speedup DOUBLE, tokens_per_s DOUBLE, layer INTEGER, host VARCHAR,
+  cpu VARCHAR, device VARCHAR, note VARCHAR
+);
+COMMENT ON TABLE speed IS 'Every timing, with all its conditions. Ratios are in the view speedup, which compares like with like only.';
+
+CREATE TABLE published (
+  model VARCHAR NOT NULL, setting VARCHAR NOT NULL, metric VARCHAR NOT NULL, condition VARCHAR NOT NULL,
+  value DOUBLE NOT NULL, unit VARCHAR NOT NULL, source VARCHAR NOT NULL
+);
+COMMENT ON TABLE published IS 'The numbers the authors printed, each with its table; percentages and microseconds as printed.';
