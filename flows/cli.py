@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every verb with its arguments."""
     parser = argparse.ArgumentParser(
         prog="prosparse",
-        description="Turn a dense language model into one whose FFN activations are mostly exact zeros, and measure it.",
+        description="Turn a dense language model into one whose FFN activations are mostly zeros, and measure it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,12 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", dest="overrides", metavar="a.b=c", action="append", default=[], help="change a key")
         return sub
 
-    for name, help_ in (("run", "run a recipe; goes on where it stopped"), ("plan", "what would run, and what it costs")):
+    for name, help_ in (
+        ("run", "run a recipe; goes on where it stopped"),
+        ("plan", "what would run, and what it costs"),
+    ):
         sub = recipe_verb(name, help_)
         sub.add_argument("--force", metavar="STEP", action="append", default=[], help="run this step again")
         if name == "run":
             sub.add_argument("--until", metavar="STEP", help="stop after this step")
-            sub.add_argument("--inline", action="store_true", help="without Prefect: same steps, same store, same ledger")
+            sub.add_argument(
+                "--inline", action="store_true", help="without Prefect: same steps, same store, same ledger"
+            )
     recipe_verb("validate", "check a recipe; reports every error at once")
     verb("recipes", "the recipes that come with the product")
     for name, help_ in (
@@ -56,7 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         verb(name, help_)
     query = verb("query", "ask the ledger in SQL (DuckDB)")
-    query.add_argument("sql", metavar="SQL", nargs="?", help='for example "FROM results"; without it, example questions')
+    query.add_argument(
+        "sql", metavar="SQL", nargs="?", help='for example "FROM results"; without it, example questions'
+    )
     report = verb("report", "write the report of a run as one HTML file")
     report.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
     report.add_argument("--out", metavar="FILE", help="where to write it (default: report.html)")

@@ -220,7 +220,10 @@ def print_plan(recipe: Recipe, run: Run, cost: Cost | None) -> None:
             ["parameters", f"{cost.parameters / 1e6:,.1f} M"],
             ["training tokens", tokens(cost.tokens)],
             ["training FLOPs", f"{cost.flops:.3g}"],
-            ["memory", f"{cost.memory_bytes / gib:,.1f} GiB in all, {cost.memory_bytes_per_device / gib:,.1f} GiB a device"],
+            [
+                "memory",
+                f"{cost.memory_bytes / gib:,.1f} GiB in all, {cost.memory_bytes_per_device / gib:,.1f} GiB a device",
+            ],
             ["disk", f"{cost.disk_bytes / gib:,.1f} GiB"],
             ["training hours", f"{cost.hours:,.1f} on {cost.hardware} ({cost.assumption})"],
         ],
@@ -238,9 +241,21 @@ def tokens(count: int) -> str:
 def print_result(result: summary.Result) -> None:
     """The closing table of a run and the lines below it."""
     if result.settings:
-        columns = ["setting", *(f"ppl {c}" for c in result.corpora), *(f"sparsity {c}" for c in result.corpora), "accuracy", "threshold"]
+        columns = [
+            "setting",
+            *(f"ppl {c}" for c in result.corpora),
+            *(f"sparsity {c}" for c in result.corpora),
+            "accuracy",
+            "threshold",
+        ]
         rows = [
-            [s.setting, *(s.perplexity.get(c) for c in result.corpora), *(_pct(s.sparsity.get(c)) for c in result.corpora), _pct(s.accuracy), s.threshold]
+            [
+                s.setting,
+                *(s.perplexity.get(c) for c in result.corpora),
+                *(_pct(s.sparsity.get(c)) for c in result.corpora),
+                _pct(s.accuracy),
+                s.threshold,
+            ]
             for s in result.settings
         ]
         table(columns, rows, title=f"{result.recipe} · token perplexity and sparsity on held-out files")

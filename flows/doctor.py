@@ -70,7 +70,9 @@ def _kernels_name() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("package name kernels", "fine", "no other package of that name")
         return
-    yield Finding("package name kernels", "broken", f"the package kernels {version} is installed", "pip uninstall kernels")
+    yield Finding(
+        "package name kernels", "broken", f"the package kernels {version} is installed", "pip uninstall kernels"
+    )
 
 
 def _compiler() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What each verb of the command line does. Heavy imports stay inside: ``--help``, ``plan`` and ``query`` answer at once."""
+"""What each verb of the command line does. Heavy imports stay inside: ``plan`` and ``query`` answer at once."""
 
 from __future__ import annotations
 
@@ -82,10 +82,7 @@ def _measured_speed(ledger: Ledger, recipe: recipes.Recipe) -> float | None:
     """Median training speed of earlier runs of the same model and step size here, if the ledger has any."""
     if not ledger.exists():
         return None
-    sql = (
-        "SELECT median(tokens_per_s) FROM loss_curve WHERE recipe = "
-        + "'" + recipe.name.replace("'", "''") + "'"
-    )
+    sql = "SELECT median(tokens_per_s) FROM loss_curve WHERE recipe = " + "'" + recipe.name.replace("'", "''") + "'"
     rows = ledger.query(sql).rows
     return float(rows[0][0]) if rows and rows[0][0] else None
 
@@ -99,7 +96,9 @@ def verb_validate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         console.print_json(recipe.model_dump(mode="json"))
     else:
-        console.out.print(f"{recipe.name}: valid, {len(recipe.train.stages)} stages, {recipe.train.total_tokens:,} tokens")
+        console.out.print(
+            f"{recipe.name}: valid, {len(recipe.train.stages)} stages, {recipe.train.total_tokens:,} tokens"
+        )
     return 0
 
 
@@ -161,7 +160,9 @@ def verb_doctor(arguments: argparse.Namespace) -> int:
     from flows import doctor
 
     findings = doctor.examine(home_folder())
-    _print(arguments, ["check", "state", "found", "way out"], [[f.check, f.state, f.found, f.way_out] for f in findings])
+    _print(
+        arguments, ["check", "state", "found", "way out"], [[f.check, f.state, f.found, f.way_out] for f in findings]
+    )
     return 3 if any(f.state == "broken" for f in findings) else 0
 
 
@@ -223,10 +224,14 @@ def _print_status(arguments: argparse.Namespace, status: Any, runs: Any = None) 
             data["runs"] = [dict(zip(runs.columns, row, strict=True)) for row in runs.rows]
         console.print_json(data)
         return 0
-    console.table(["service", "state"], [[k, v if isinstance(v, str) else json.dumps(v, default=str)] for k, v in data.items()])
+    console.table(
+        ["service", "state"], [[k, v if isinstance(v, str) else json.dumps(v, default=str)] for k, v in data.items()]
+    )
     if runs is not None:
         keep = [runs.columns.index(c) for c in ("run_id", "recipe", "status", "started_at", "ended_at")]
-        console.table([runs.columns[i] for i in keep], [[row[i] for i in keep] for row in runs.rows], title="newest runs")
+        console.table(
+            [runs.columns[i] for i in keep], [[row[i] for i in keep] for row in runs.rows], title="newest runs"
+        )
     return 0
 
 

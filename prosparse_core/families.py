@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -119,12 +120,14 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     model_type = model.config.model_type  # type: ignore[union-attr]
     family = require_family(model_type, where=type(model).__name__, model=model)  # type: ignore[arg-type]
     ffns = []
-    for index, layer in enumerate(model.get_submodule(family.layers)):  # type: ignore[arg-type]
+    layers: Any = model.get_submodule(family.layers)
+    for index, layer in enumerate(layers):
         try:
             ffn = FFN(index, layer.get_submodule(family.ffn), family)
             parts = (ffn.gate, ffn.up, ffn.down, ffn.activation)
         except AttributeError as error:
-            raise BadInput(f"layer {index} of {type(model).__name__} lacks a part of family {family.name}: {error}") from None
+            name = type(model).__name__
+            raise BadInput(f"layer {index} of {name} lacks a part of family {family.name}: {error}") from None
         assert all(isinstance(p, nn.Module) for p in parts)
         ffns.append(ffn)
     if not ffns:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Model(Section):
     id: str
     """The name of the model in the ledger and in tables."""
     source: str
-    """A hub id, a folder, a ``.gguf`` file, ``package:NAME`` (a GGUF inside an installed package) or ``random:FAMILY``."""
+    """A hub id, a folder, a ``.gguf`` file, ``package:NAME`` (a GGUF in an installed package) or ``random:FAMILY``."""
     revision: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     """Only for ``random:FAMILY``: the keys of the Hugging Face config."""
@@ -155,7 +156,7 @@ class Train(Section):
         problems = []
         if stages[0].l1 != 0:
             problems.append(f"stages[0].l1={stages[0].l1}: stage 0 only substitutes the activation, its lambda is 0")
-        for i, (before, stage) in enumerate(zip(stages, stages[1:], strict=False), start=1):
+        for i, (before, stage) in enumerate(pairwise(stages), start=1):
             if stage.until_step <= before.until_step:
                 problems.append(
                     f"stages[{i}].until_step={stage.until_step} must exceed stages[{i - 1}].until_step="
@@ -304,7 +305,9 @@ def find(recipe: str) -> Path:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     near = difflib.get_close_matches(recipe, names(), n=3, cutoff=0.4) or names()
-    raise BadInput(f"unknown recipe {recipe!r}", hint=f"did you mean {', '.join(near)}? Or give the path of a .yaml file")
+    raise BadInput(
+        f"unknown recipe {recipe!r}", hint=f"did you mean {', '.join(near)}? Or give the path of a .yaml file"
+    )
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -349,7 +352,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
         last = i == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise BadInput(f"--set {override!r}: {'.'.join(parts[:i])} has entries 0 to {len(node) - 1}, not {part!r}")
+                raise BadInput(
+                    f"--set {override!r}: {'.'.join(parts[:i])} has entries 0 to {len(node) - 1}, not {part!r}"
+                )
             index: Any = int(part)
         elif isinstance(node, dict):
             index = part

@@ -133,7 +133,9 @@ class Store:
             "payload": payload,
             "digest": digest,
             "files": files,
-            "inputs": {r: {"digest": a.digest, "fingerprint": a.fingerprint, "step": a.step} for r, a in inputs.items()},
+            "inputs": {
+                r: {"digest": a.digest, "fingerprint": a.fingerprint, "step": a.step} for r, a in inputs.items()
+            },
             "provenance": provenance,
             "meta": meta,
         }
@@ -171,7 +173,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path) -> list[str]:
     """The files of an artifact whose content no longer has the recorded hash."""
-    return [f["path"] for f in read_record(folder)["files"] if not (folder / f["path"]).is_file() or _sha256(folder / f["path"]) != f["sha256"]]
+    return [
+        f["path"]
+        for f in read_record(folder)["files"]
+        if not (folder / f["path"]).is_file() or _sha256(folder / f["path"]) != f["sha256"]
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:

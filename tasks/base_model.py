@@ -1,4 +1,4 @@
-"""base_model: the dense model as a Hugging Face folder, from a hub id, a folder, a GGUF file, a package or at random."""
+"""base_model: the dense model as a Hugging Face folder: from a hub id, a folder, a GGUF, a package, or random."""
 
 from __future__ import annotations
 

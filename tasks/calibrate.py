@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from prosparse_core.precision import resolve, resolve_device
+from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import THRESHOLDS, Variant
 from tasks.step import Run, Work
@@ -32,7 +30,7 @@ def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
     )
 
 
-def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Any, device: str) -> None:
+def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
     from prosparse_core.calibration import MIXED, calibrate, increase_pct
     from prosparse_core.mixing import Mixture
     from prosparse_core.perplexity import Measured, measure

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
 
-from prosparse_core.precision import resolve, resolve_device
+from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.schedule import first_step
 from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL
@@ -21,7 +20,7 @@ def train_stage(run: Run, index: int, before: Artifact, corpora: Artifact) -> Ar
         index: 0 is ReLU substitution (lambda 0), 1 the warm-up, 2.. the incremental stages (Algorithm 1).
         before: the dense model for stage 0, the stage before for all others.
     """
-    train, stage = run.recipe.train, run.recipe.train.stages[index]
+    train = run.recipe.train
     device = resolve_device(run.recipe.runtime.device)
     precision = resolve(run.recipe.model.precision, device)
     return run.step(
@@ -60,7 +59,7 @@ def _weight_bytes(before: Artifact) -> int:
 
 
 def _build(
-    work: Work, run: Run, index: int, before: Artifact, corpora: Artifact, precision: Any, device: str
+    work: Work, run: Run, index: int, before: Artifact, corpora: Artifact, precision: Precision, device: str
 ) -> None:
     import torch
 
@@ -93,4 +92,6 @@ def _build(
     tokenizer.save_pretrained(work.folder / MODEL)
     torch.save(optimizer.state_dict(), work.folder / OPTIMIZER)
     shutil.rmtree(work.folder / CHECKPOINTS, ignore_errors=True)
-    work.meta.update(stage=index, l1=train.stages[index].l1, tokens=train.stages[index].until_step * train.tokens_per_step)
+    work.meta.update(
+        stage=index, l1=train.stages[index].l1, tokens=train.stages[index].until_step * train.tokens_per_step
+    )

@@ -13,7 +13,6 @@ import shutil
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import Ledger
-from prosparse_core.progress import Progress, Silent
+from prosparse_core.progress import Progress
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import FACTS, Artifact, Store, fingerprint, make_folder
 
@@ -189,7 +188,7 @@ class _Attempt:
         return artifact, outcome
 
     def _make(self, progress: Progress) -> Artifact:
-        run, store = self.run, self.run.store
+        store = self.run.store
         folder = store.work_folder(self.name, fingerprint(self.payload))
         make_folder(folder)
         free = shutil.disk_usage(folder).free
@@ -222,7 +221,7 @@ class _Attempt:
 
 
 def _as_prefect_task(attempt: _Attempt) -> Artifact:
-    """Run an attempt as a Prefect task run: a readable name, ``Cached`` when the store had it, the error when it fails."""
+    """An attempt as a Prefect task run: readable name, ``Cached`` when the store had it, the error when it fails."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
     from prefect.states import Completed
@@ -236,9 +235,9 @@ def _as_prefect_task(attempt: _Attempt) -> Artifact:
 
     # NO_CACHE: our store is the only cache; persist_result off: only ids and paths travel, and only within the process.
     wrapped = task(
-        step, name=attempt.name, task_run_name=_escape(attempt.label), cache_policy=NO_CACHE, persist_result=False
-    )
-    state = wrapped(fingerprint(attempt.payload)[:20], return_state=True)
+        name=attempt.name, task_run_name=_escape(attempt.label), cache_policy=NO_CACHE, persist_result=False
+    )(step)
+    state: Any = wrapped(fingerprint(attempt.payload)[:20], return_state=True)
     if not result:
         state.result()  # raises what the step raised
         raise ProSparseError(f"{attempt.label}: ended as {state.name} without a result")
@@ -287,7 +286,8 @@ def _short(value: Any) -> str:
 
 def provenance() -> dict[str, Any]:
     """Where, when and with what this process runs."""
-    versions = {m: getattr(sys.modules[m], "__version__", "?") for m in ("torch", "transformers", "lm_eval", "triton") if m in sys.modules}
+    loaded = [m for m in ("torch", "transformers", "lm_eval", "triton") if m in sys.modules]
+    versions: dict[str, Any] = {m: getattr(sys.modules[m], "__version__", "?") for m in loaded}
     return {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),

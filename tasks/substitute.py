@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prosparse_core.precision import resolve, resolve_device
+from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
 from tasks.step import Run, Work
@@ -24,7 +24,7 @@ def substitute(run: Run, dense: Artifact, corpora: Artifact) -> Artifact:
     )
 
 
-def _build(work: Work, run: Run, dense: Artifact, corpora: Artifact, precision: str, device: str) -> None:
+def _build(work: Work, run: Run, dense: Artifact, corpora: Artifact, precision: Precision, device: str) -> None:
     from prosparse_core.mixing import Mixture
     from prosparse_core.perplexity import measure
     from prosparse_core.substitute import use_relu
@@ -43,7 +43,11 @@ def _build(work: Work, run: Run, dense: Artifact, corpora: Artifact, precision: 
         for corpus in mixture.corpora:
             tokens, labels = mixture.calibration(corpus)
             found = measure(
-                model, tokens, labels, precision=precision, batch_size=run.recipe.evaluate.batch_size  # type: ignore[arg-type]
+                model,
+                tokens,
+                labels,
+                precision=precision,
+                batch_size=run.recipe.evaluate.batch_size,
             )
             done += 1
             work.progress.update(done, total, perplexity=found.perplexity, sparsity=found.sparsity)

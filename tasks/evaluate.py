@@ -1,0 +1,253 @@
+"""evaluate: perplexity per corpus and accuracy through lm-eval, and the sparsity of the very same forward passes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prosparse_core.errors import BadInput, EnvironmentProblem
+from prosparse_core.precision import Precision, resolve, resolve_device
+from prosparse_core.progress import Progress, Silent
+from prosparse_core.store import Artifact, write_json
+from prosparse_core.variants import Variant
+from tasks.evaluate_scoring import make_scorer, quiet, run_task
+from tasks.evaluate_tasks import (
+    CHOICES_TASK,
+    NO_CHOICES,
+    HeldOut,
+    Score,
+    choice_scores,
+    choices_task,
+    corpus_scores,
+    corpus_task,
+    read_held_out,
+)
+from tasks.step import Run, Work
+
+if TYPE_CHECKING:
+    from prosparse_core.sparsity import LayerSparsity
+
+VERSION = 1
+RESULTS = "results.json"
+MIN_LENGTH = 512
+"""Documents are scored in windows of at least this many tokens, as far as the model's context reaches."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model scored, with the conditions that belong to every number."""
+
+    scores: tuple[Score, ...]
+    layers: Mapping[str, Sequence[LayerSparsity]]
+    """Per corpus, from the forward passes of its perplexity; every forwarded position counts, padding does not."""
+    conditions: Mapping[str, Any]
+    """precision, batch_size, max_length, prefix, limit, harness_version."""
+    raw: Mapping[str, Any]
+    """lm-eval's own results by task."""
+
+    @property
+    def perplexity(self) -> dict[str, float | None]:
+        """Token perplexity by corpus."""
+        return {s.corpus: s.value for s in self.scores if s.corpus and s.metric == "token_perplexity"}
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        """Mean over layers by corpus."""
+        return {corpus: sum(s.sparsity for s in layers) / len(layers) for corpus, layers in self.layers.items()}
+
+    @property
+    def accuracy(self) -> dict[str, float | None]:
+        """acc by task."""
+        return {s.task: s.value for s in self.scores if s.task and s.metric == "acc"}
+
+
+def evaluate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
+    """The artifact with the harness's ``results.json`` and the facts of one variant on the evaluation files."""
+    recipe = run.recipe
+    device = resolve_device(recipe.runtime.device)
+    precision = resolve(recipe.model.precision, device)
+    return run.step(
+        "evaluate",
+        f"evaluate · {variant.setting}",
+        lambda work: _build(work, run, variant, corpora, precision, device),
+        version=VERSION,
+        config={
+            "evaluate": recipe.evaluate.model_dump(mode="json"),
+            "seq_len": recipe.data.seq_len,
+            "precision": precision,
+            "variant": variant.identity,
+            "harness_version": harness_version(),
+        },
+        inputs={**variant.inputs, "corpora": corpora},
+    )
+
+
+def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
+    from prosparse_core.variants import load_variant
+
+    section = run.recipe.evaluate
+    held_out = read_held_out(corpora.path, choice=section.choice)
+    model, tokenizer = load_variant(variant, device)
+    found = measure_held_out(
+        model,
+        tokenizer,
+        held_out,
+        precision=precision,
+        batch_size=section.batch_size,
+        limit=section.limit,
+        progress=work.progress,
+    )
+    record(work, run.recipe.model.id, variant, found)
+
+
+def record(work: Work, model: str, variant: Variant, found: Evaluation) -> None:
+    """Write an evaluation into a step's folder, facts and meta."""
+    conditions = found.conditions
+    work.fact("variants", **variant.fact(model))
+    for score in found.scores:
+        work.fact(
+            "evaluations",
+            variant=variant.id,
+            **{k: v for k, v in asdict(score).items() if k != "partial"},
+            num_fewshot=0,
+            limit=conditions["limit"] if score.partial else None,
+            batch_size=conditions["batch_size"],
+            dtype=conditions["precision"],
+            harness_version=conditions["harness_version"],
+        )
+    thresholds = variant.layer_thresholds()
+    for corpus, layers in found.layers.items():
+        for layer in layers:
+            # ReLU is FATReLU at threshold 0; the dense activation has no threshold at all.
+            threshold = thresholds[layer.layer] if thresholds else 0.0 if variant.activation == "relu" else None
+            work.fact("sparsity", variant=variant.id, corpus=corpus, threshold=threshold, **asdict(layer))
+    write_json(work.folder / RESULTS, {"conditions": dict(conditions), **found.raw})
+    measured = {"perplexity": found.perplexity, "sparsity": found.sparsity, "accuracy": found.accuracy}
+    work.meta.update(setting=variant.setting, **measured, **conditions)
+
+
+def measure_loaded(
+    model: Any,
+    tokenizer: Any,
+    folder_of_heldout: Path,
+    *,
+    corpora: list[str] | None = None,
+    choice: bool = True,
+    precision: Precision,
+    batch_size: int,
+    limit: int | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model that is already loaded, such as an exported one, on a mixture's evaluation files.
+
+    Raises:
+        BadInput: see :func:`tasks.evaluate_tasks.read_held_out` and :func:`measure_held_out`.
+    """
+    held_out = read_held_out(folder_of_heldout, corpora, choice=choice)
+    return measure_held_out(
+        model,
+        tokenizer,
+        held_out,
+        precision=precision,
+        batch_size=batch_size,
+        limit=limit,
+        max_length=max_length,
+        progress=progress,
+    )
+
+
+def measure_held_out(
+    model: Any,
+    tokenizer: Any,
+    held_out: HeldOut,
+    *,
+    precision: Precision,
+    batch_size: int,
+    limit: int | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity and sparsity of every corpus, then the multiple-choice questions; changes nothing in the model.
+
+    Args:
+        limit: at most this many documents per task; marks what it cuts as partial.
+        max_length: tokens per window; default ``max(512, seq_len)``. Never beyond the model's context.
+
+    Raises:
+        BadInput: the tokenizer has neither BOS nor EOS, or makes no token of a whole corpus.
+        ProSparseError: the model's log-likelihoods are not finite.
+    """
+    from prosparse_core.packing import Encoder
+    from prosparse_core.sparsity import SparsityMeter
+
+    if limit is not None and limit < 1:
+        raise BadInput(f"limit={limit}: at least 1 document per task")
+    progress = progress or Silent()
+    context = getattr(model.config, "max_position_embeddings", None)
+    max_length = max_length or max(MIN_LENGTH, held_out.seq_len)
+    max_length = min(max_length, context) if context else max_length
+    encoder = Encoder(tokenizer)
+    is_training = model.training
+    sizes = held_out.sizes(limit)
+    scores: list[Score] = []
+    layers: dict[str, list[LayerSparsity]] = {}
+    raw: dict[str, dict[str, Any]] = {}
+    with quiet():
+        scorer = make_scorer(model, tokenizer, precision=precision, batch_size=batch_size, max_length=max_length)
+
+        def run(spec: dict[str, Any], number: int) -> dict[str, Any]:
+            before, name = sum(sizes[:number]), spec["task"]
+            scorer.on_progress = lambda share: progress.update(
+                before + share * sizes[number], sum(sizes), task=name
+            )
+            return run_task(scorer, spec, limit, raw)
+
+        about = f"prefix {scorer.prefix} ({scorer.prefix_kind}), windows of {max_length} tokens"
+        for number, (corpus, rows) in enumerate(held_out.corpora.items()):
+            contexts = _contexts(corpus, rows, encoder)
+            with SparsityMeter(model) as meter:
+                scorer.meter, scorer.ends_prompt_as_written = meter, True
+                results = run(corpus_task(corpus, rows, contexts, scorer.num_scored), number)
+                scorer.meter, scorer.ends_prompt_as_written = None, False
+                layers[corpus] = meter.layers()
+            samples = results["samples"][corpus]
+            note = f"stderr by the delta method over {len(samples)} documents; {about}"
+            note += "; loss on the answers only" if contexts[0] is not None else ""
+            scores += corpus_scores(corpus, samples, partial=len(samples) < len(rows), note=note)
+        if held_out.choices:
+            results = run(choices_task(held_out.choices), len(held_out.corpora))["results"][CHOICES_TASK]
+            scores += choice_scores(results, partial=results["sample_len"] < len(held_out.choices), note=about)
+        elif held_out.choices is not None:
+            scores.append(Score("acc", None, None, 0, True, task=CHOICES_TASK, headline=True, note=NO_CHOICES))
+    model.train(is_training)
+    conditions = {
+        "precision": precision,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "prefix": scorer.prefix,
+        "limit": limit,
+        "harness_version": harness_version(),
+    }
+    return Evaluation(tuple(scores), layers, conditions, raw)
+
+
+def _contexts(corpus: str, rows: Sequence[Mapping[str, Any]], encoder: Any) -> list[str | None]:
+    """What precedes each text unscored: its prompt, written as in training."""
+    prompts = [row["prompt"] for row in rows]
+    if all(p is None for p in prompts):
+        return [None] * len(rows)
+    if None in prompts:
+        raise BadInput(f"corpus {corpus!r} mixes documents with and without a prompt", hint="prepare the mixture again")
+    before, between, _ = encoder.chat_format()
+    return [f"{before}{p}{between}" for p in prompts]
+
+
+def harness_version() -> str:
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise EnvironmentProblem("lm-eval is not installed", hint="make setup installs everything") from None
