@@ -1,7 +1,7 @@
 """Export as a Hugging Face folder that runs FATReLU or does not run at all.
 
-The folder's architecture has a name of its own (``model_type: prosparse_llama``) and carries the code for it, so that no
-program can take it for the dense model. Published keys (as in the released models): ``hidden_act: fatrelu`` and
+The folder's architecture has a name of its own (``model_type: prosparse_llama``) and carries the code for it, so that
+no program can take it for the dense model. Published keys (as in the released models): ``hidden_act: fatrelu`` and
 ``hidden_act_param: t``. Thresholds that differ between layers go to ``hidden_act_params: [t, ...]`` and
 ``hidden_act_param`` is absent: a reader that knows only one threshold fails instead of using a wrong one.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.families import require_family
 from prosparse_core.store import require_space, write_json
-from prosparse_core.variants import check_folder, load_model
+from prosparse_core.variants import check_folder, load_model, load_tokenizer
 
 REMOTE_CODE = Path(__file__).resolve().parent / "remote_code"
 CODE_FILES = ("configuration_prosparse.py", "modeling_prosparse.py")
@@ -34,7 +34,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_prosparse.ProSparseModel",
     "AutoModelForCausalLM": "modeling_prosparse.ProSparseForCausalLM",
 }
-PROMPT = "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n\nThe 2nd café — naïve, 中文 — costs 10 €.\n"
+PROMPT = (
+    "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n\nThe 2nd café — naïve, 中文 — costs 10 €.\n"
+)
 """What the self-check runs: code, prose, digits, and characters beyond ASCII."""
 
 
@@ -64,6 +66,7 @@ def export_hf(model_folder: Path, thresholds: Sequence[float], target: Path, *, 
     try:
         shutil.copytree(model_folder, target, ignore=shutil.ignore_patterns(CARD, "*.py", "*.bin", "*.pt"))
         write_json(target / "config.json", config)
+        pin_tokenizer(model_folder, target)
         (target / CARD).write_text(card, encoding="utf-8")
         for name, text in remote_code(config["model_type"].removeprefix(PREFIX)).items():
             (target / name).write_text(text, encoding="utf-8")
@@ -82,19 +85,21 @@ def fatrelu_config(config: Mapping[str, Any], thresholds: Sequence[float]) -> di
     model_type, num_layers = str(config["model_type"]), int(config["num_hidden_layers"])
     family = require_family(model_type, where="export")
     if len(thresholds) not in (1, num_layers):
-        raise BadInput(f"{len(thresholds)} thresholds for a model of {num_layers} layers", hint="give 1, or one per layer")
+        raise BadInput(
+            f"{len(thresholds)} thresholds for a model of {num_layers} layers", hint="give 1, or one per layer"
+        )
     wrong = [t for t in thresholds if not 0 <= t < float("inf")]
     if wrong:
         raise BadInput(f"thresholds {wrong}: FATReLU needs finite thresholds of at least 0")
     keys = {"hidden_act", family.config_key} | ({"hidden_activation"} & config.keys())
-    same = len(set(thresholds)) == 1
+    first, same = float(thresholds[0]), len(set(thresholds)) == 1
     return {
         **{k: v for k, v in config.items() if k not in ("hidden_act_param", "hidden_act_params", "_name_or_path")},
         "model_type": PREFIX + model_type,
         "architectures": [AUTO_MAP["AutoModelForCausalLM"].partition(".")[2]],
         "auto_map": AUTO_MAP,
         **dict.fromkeys(sorted(keys), "fatrelu"),
-        **({"hidden_act_param": float(thresholds[0])} if same else {"hidden_act_params": [float(t) for t in thresholds]}),
+        **({"hidden_act_param": first} if same else {"hidden_act_params": [float(t) for t in thresholds]}),
     }
 
 
@@ -105,8 +110,18 @@ def remote_code(model_type: str) -> dict[str, str]:
     stem = transformers.CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
     missing = [n for n in (f"{stem}Model", f"{stem}ForCausalLM") if not hasattr(transformers, n)]
     if missing:
-        raise BadInput(f"transformers {transformers.__version__} has no {' and no '.join(missing)}: cannot export {model_type}")
+        raise BadInput(f"cannot export {model_type}: transformers {transformers.__version__} has no {missing[0]}")
     return {name: (REMOTE_CODE / name).read_text(encoding="utf-8").replace("Llama", stem) for name in CODE_FILES}
+
+
+def pin_tokenizer(model_folder: Path, target: Path) -> None:
+    """Name the tokenizer class that the dense folder is loaded with: transformers picks it by ``model_type`` for some
+    architectures (qwen2), whatever the files say, and cannot do so for a name it does not know."""
+    used = type(load_tokenizer(model_folder)).__name__
+    path = target / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if str(settings.get("tokenizer_class")).removesuffix("Fast") != used:
+        write_json(path, {**settings, "tokenizer_class": used})
 
 
 def check_export(model_folder: Path, thresholds: Sequence[float], target: Path) -> None:
@@ -137,7 +152,7 @@ def check_export(model_folder: Path, thresholds: Sequence[float], target: Path) 
         raise ProSparseError(f"the tokenizer of the exported folder {target} splits the check prompt differently")
     if not torch.equal(found["logits"], expected):
         worst = float((found["logits"] - expected).abs().max())
-        raise ProSparseError(f"the exported folder {target} computes other logits than the model: they differ by up to {worst:g}")
+        raise ProSparseError(f"the exported folder {target} computes other logits than the model, by up to {worst:g}")
 
 
 def run_fresh(arguments: Sequence[str], *, what: str, stdin: str = "", cwd: Path | None = None) -> str:
