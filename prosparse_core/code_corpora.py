@@ -221,7 +221,7 @@ def functions(file: str, text: str) -> Iterator[Function]:
 
 
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str, file: str, lines: list[str]) -> Function | None:
-    docstring = ast.get_docstring(node)
+    docstring = (ast.get_docstring(node) or "").strip()
     if not docstring or len(node.body) < 2:
         return None
     quoted, *rest = node.body
@@ -260,9 +260,14 @@ def code_instructions(seed: int) -> Iterator[Document]:
 
 
 def _stdlib_functions(split: str | None = None) -> Iterator[Function]:
-    for name, path in stdlib_files().items():
+    for name in stdlib_files():
         if split in (None, split_of(name)):
-            yield from functions(name, path.read_text(encoding="utf-8"))
+            yield from _functions_in(name)
+
+
+@functools.cache
+def _functions_in(name: str) -> tuple[Function, ...]:
+    return tuple(functions(name, stdlib_files()[name].read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)

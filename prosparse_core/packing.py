@@ -211,14 +211,16 @@ def pack_whole(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
                     waiting.append(item)
                 if not waiting:
                     return
-                place = next((i for i, item in enumerate(waiting) if len(item.tokens) <= room), None)
-                if place is None and room < seq_len:
+                # a window begins with the document that waits longest, whatever its length: none is put off for ever
+                fits = (i for i, item in enumerate(waiting) if len(item.tokens) <= room or room == seq_len)
+                place = next(fits, None)
+                if place is None:
                     filler = waiting[0]
                     parts.append(Encoded(filler.document, filler.tokens[:room], np.zeros(room, dtype=np.uint8)))
                     num_filler, room = room, 0
                     continue
-                rest = waiting[place or 0]
-                del waiting[place or 0]
+                rest = waiting[place]
+                del waiting[place]
                 starts.append(rest.document)
             parts.append(Encoded(rest.document, rest.tokens[:room], rest.mask[:room]))
             left = Encoded(rest.document, rest.tokens[room:], rest.mask[room:])

@@ -95,13 +95,14 @@ class Corpus:
                     found[split].append(encoded)
                     tokens[split] += len(encoded.tokens)
         for split, have in tokens.items():
-            if have < max(asked[split], seq_len if split == "calibration" else 1):
+            if have >= asked[split]:
+                self._write_split(folder / split, split, found[split])
+            if have < asked[split] or (split == "calibration" and not self._tallies[split].windows):
                 raise BadInput(
                     f"corpus {self.name!r} has {have} held-out tokens for {split}, {asked[split]} asked"
                     f" (and one window of {seq_len} at least)",
                     hint=f"lower data.{split}_tokens or add files (whole files are held out: one is not enough)",
                 )
-            self._write_split(folder / split, split, found[split])
         return keys
 
     def _encode_held_out(self, document: Document, asked: int) -> Encoded | None:
