@@ -73,58 +73,70 @@ class Corpus:
 
     def write_held_out(self, folder: Path) -> set[bytes]:
         """Draw until both held-out splits have their tokens; returns the keys of what training must not see."""
-        seq_len = self._data.seq_len
-        # Packing leaves the incomplete window out: one more window's worth makes sure that enough remain.
-        windows = math.ceil(self._data.calibration_tokens / seq_len)
-        wanted = {"calibration": (windows + 1) * seq_len, "evaluation": self._data.evaluation_tokens}
-        asked = {"calibration": self._data.calibration_tokens, "evaluation": self._data.evaluation_tokens}
-        found: dict[str, list[Encoded]] = {split: [] for split in wanted}
-        tokens = dict.fromkeys(wanted, 0)
         keys: set[bytes] = set()
-        while any(tokens[split] < wanted[split] for split in wanted):
-            document = next(self._stream, None)
-            if document is None:
-                break
-            split = split_of(document.file)
-            if split == "train":
-                self._waiting.append(document)
-            elif tokens[split] < wanted[split] and document.key not in keys:
-                encoded = self._encode_held_out(document, asked[split])
-                if encoded is not None:
-                    keys.add(document.key)
-                    found[split].append(encoded)
-                    tokens[split] += len(encoded.tokens)
-        for split, have in tokens.items():
-            if have >= asked[split]:
-                self._write_split(folder / split, split, found[split])
-            if have < asked[split] or (split == "calibration" and not self._tallies[split].windows):
-                raise BadInput(
-                    f"corpus {self.name!r} has {have} held-out tokens for {split}, {asked[split]} asked"
-                    f" (and one window of {seq_len} at least)",
-                    hint=f"lower data.{split}_tokens or add files (whole files are held out: one is not enough)",
-                )
+        self._write_calibration(folder / "calibration", keys)
+        self._write_evaluation(folder / "evaluation", keys)
         return keys
 
-    def _encode_held_out(self, document: Document, asked: int) -> Encoded | None:
-        limit = min(max(asked // MIN_HELD_OUT_DOCUMENTS, 512), MAX_HELD_OUT_TOKENS)
-        if document.prompt is None:
-            return self._encoder.cut(document, limit)
-        encoded = self._encoder.encode([document])[0]
-        return encoded if len(encoded.tokens) <= limit else None
+    def _write_calibration(self, folder: Path, keys: set[bytes]) -> None:
+        asked, seq_len, tally = self._data.calibration_tokens, self._data.seq_len, self._tallies["calibration"]
+        drawn: list[Encoded] = []
+        used: set[Document] = set()
+        num_windows = math.ceil(asked / seq_len)
+        with _Shard(folder, self.name, seq_len, self.is_instruction) as shard:
+            windows = self._pack(self._draw("calibration", asked, keys, drawn))
+            for window in itertools.islice(windows, num_windows):
+                shard.add(window)
+                tally.add_window(window)
+                used.update(window.starts)
+        if tally.windows < num_windows:
+            raise self._too_little("calibration", tally.tokens, asked)
+        self._write_documents(folder, "calibration", [item for item in drawn if item.document in used])
 
-    def _write_split(self, folder: Path, split: str, found: list[Encoded]) -> None:
-        tally = self._tallies[split]
+    def _write_evaluation(self, folder: Path, keys: set[bytes]) -> None:
+        asked, tally = self._data.evaluation_tokens, self._tallies["evaluation"]
+        drawn: list[Encoded] = []
+        for encoded in self._draw("evaluation", asked, keys, drawn):
+            tally.tokens += len(encoded.tokens)
+            tally.labels += int(encoded.mask.sum())
+            if tally.tokens >= asked:
+                break
+        if tally.tokens < asked:
+            raise self._too_little("evaluation", tally.tokens, asked)
+        self._write_documents(folder, "evaluation", drawn)
+
+    def _draw(self, split: str, asked: int, keys: set[bytes], drawn: list[Encoded]) -> Iterator[Encoded]:
+        """The documents of a held-out split, each text once. What is read on the way waits for the other splits."""
+        limit = min(max(asked // MIN_HELD_OUT_DOCUMENTS, 512), MAX_HELD_OUT_TOKENS)
+        for document in itertools.chain(tuple(self._waiting), self._read()):
+            if split_of(document.file) != split or document.key in keys:
+                continue
+            if document.prompt is None:
+                encoded = self._encoder.cut(document, limit)
+            else:
+                encoded = self._encoder.encode([document])[0]
+                if len(encoded.tokens) > limit:
+                    continue
+            keys.add(document.key)
+            drawn.append(encoded)
+            yield encoded
+
+    def _read(self) -> Iterator[Document]:
+        for document in self._stream:
+            self._waiting.append(document)
+            yield document
+
+    def _too_little(self, split: str, have: int, asked: int) -> BadInput:
+        return BadInput(
+            f"corpus {self.name!r} has {have} held-out tokens for {split}, {asked} asked"
+            + (f" in whole windows of {self._data.seq_len}" if split == "calibration" else ""),
+            hint=f"lower data.{split}_tokens or add files (whole files are held out: one is not enough)",
+        )
+
+    def _write_documents(self, folder: Path, split: str, found: list[Encoded]) -> None:
         write_jsonl(folder / f"{self.name}.jsonl", map(_held_out_row, found))
         for encoded in found:
-            tally.add_document(encoded.document)
-        if split == "calibration":
-            with _Shard(folder, self.name, self._data.seq_len, self.is_instruction) as shard:
-                for window in self._pack(found):
-                    shard.add(window)
-                    tally.add_window(window)
-        else:
-            tally.tokens = sum(len(encoded.tokens) for encoded in found)
-            tally.labels = sum(int(encoded.mask.sum()) for encoded in found)
+            self._tallies[split].add_document(encoded.document)
 
     def write_train(self, folder: Path, held_out: set[bytes]) -> Iterator[int]:
         """Write the training windows, telling after each how many tokens there are."""

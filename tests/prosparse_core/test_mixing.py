@@ -1,0 +1,480 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import CHAT, tiny_tokenizer
+
+from prosparse_core.errors import BadInput
+from prosparse_core.mixing import BLOCK, Mixture, block_counts, permutation, prepare
+from prosparse_core.packing import Encoder
+from prosparse_core.recipe import Data, Source
+from prosparse_core.sources import split_of
+
+SEQ_LEN = 64
+SEED = 7
+
+
+def notes(folder: Path, num: int = 60) -> Path:
+    """A folder of small text files, each with a text of its own."""
+    folder.mkdir(parents=True)
+    for i in range(num):
+        words = " ".join(hashlib.sha256(f"{i} {k}".encode()).hexdigest()[:6] for k in range(60))
+        (folder / f"note{i:03d}.txt").write_text(f"Note {i}\n{words}\n", encoding="utf-8")
+    return folder
+
+
+def files(name: str, path: Path, weight: float = 1.0, **more: Any) -> Source:
+    return Source(name=name, kind="files", weight=weight, path=str(path), **more)
+
+
+def data_of(*sources: Source, **more: Any) -> Data:
+    options = {"calibration_tokens": 256, "evaluation_tokens": 300, "choice_questions": 0, "seq_len": SEQ_LEN}
+    return Data(sources=list(sources), **{**options, **more})
+
+
+def real_data(folder: Path) -> Data:
+    return data_of(
+        Source(name="python-code", kind="python-code", weight=0.5, max_tokens=40_000),
+        Source(name="package-docs", kind="package-docs", weight=0.3, max_tokens=20_000),
+        Source(name="code-instructions", kind="code-instructions", weight=0.2, max_tokens=5_000),
+        files("notes", folder, weight=0),
+        calibration_tokens=4096,
+        evaluation_tokens=4096,
+        choice_questions=12,
+    )
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.updates: list[tuple[float, float, dict[str, Any]]] = []
+        self.notes: list[str] = []
+
+    def update(self, done: float, total: float, **fields: Any) -> None:
+        self.updates.append((done, total, fields))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def watcher() -> Watcher:
+    return Watcher()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, watcher: Watcher) -> Path:
+    """The three real corpora and one of weight 0, prepared with a chat tokenizer."""
+    base = tmp_path_factory.mktemp("mixture")
+    data = real_data(notes(base / "notes", 400))
+    manifest = prepare(data, tiny_tokenizer(chat=CHAT), base / "out", seed=SEED, train_tokens=50_000, progress=watcher)
+    assert manifest == json.loads((base / "out" / "manifest.json").read_text())
+    return base / "out"
+
+
+@pytest.fixture(scope="module")
+def mixture(prepared: Path) -> Mixture:
+    return Mixture(prepared, SEED)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# what is written
+
+
+def test_the_folder_has_what_the_layout_says(prepared: Path) -> None:
+    text, chat = ("python-code", "package-docs"), "code-instructions"
+    assert {p.relative_to(prepared).as_posix() for p in prepared.rglob("*") if p.is_file()} == {
+        "manifest.json",
+        "evaluation/choices.jsonl",
+        *(f"train/{name}.tokens.npy" for name in (*text, chat)),
+        f"train/{chat}.mask.npy",
+        *(f"calibration/{name}.tokens.npy" for name in (*text, chat, "notes")),
+        f"calibration/{chat}.mask.npy",
+        *(f"{split}/{name}.jsonl" for split in ("calibration", "evaluation") for name in (*text, chat, "notes")),
+    }
+    for path in prepared.rglob("*.tokens.npy"):
+        array = np.load(path, mmap_mode="r")
+        assert array.dtype == np.int32
+        assert array.shape[1] == SEQ_LEN
+
+
+def test_the_manifest_counts_what_is_on_disk(prepared: Path, mixture: Mixture) -> None:
+    manifest = mixture.manifest
+    assert manifest["choice_questions"] == len(rows(prepared / "evaluation" / "choices.jsonl")) == 12
+    tokenizer = tiny_tokenizer(chat=CHAT)
+    assert manifest["tokenizer"]["eos_token_id"] == tokenizer.eos_token_id
+    assert manifest["tokenizer"]["document_suffix"] == [tokenizer.eos_token_id]
+    for entry in manifest["corpora"]:
+        name = entry["name"]
+        for split in ("calibration", "evaluation"):
+            found = rows(prepared / split / f"{name}.jsonl")
+            assert entry[split]["documents"] == len(found)
+            assert entry[split]["files"] == len({row["file"] for row in found})
+        for split in ("train", "calibration"):
+            if entry[split]["windows"]:
+                tokens = np.load(prepared / split / f"{name}.tokens.npy")
+                assert entry[split]["windows"] * SEQ_LEN == entry[split]["tokens"] == tokens.size
+        if name == "code-instructions":
+            mask = np.load(prepared / "train" / f"{name}.mask.npy")
+            assert entry["train"]["label_share"] == mask.mean()
+            assert 0.2 < mask.mean() < 0.95
+        elif name != "notes":
+            assert entry["train"]["label_share"] == 1.0
+            assert entry["epochs"] == pytest.approx(50_000 * entry["share"] / entry["train"]["tokens"])
+        assert entry["evaluation"]["tokens"] >= 4096
+        assert entry["calibration"]["tokens"] >= 4096
+    notes_entry = manifest["corpora"][3]
+    assert (notes_entry["epochs"], notes_entry["train"]["windows"], notes_entry["share"]) == (0, 0, 0)
+    instructions = manifest["corpora"][2]
+    assert instructions["epochs"] > 1
+
+
+def test_progress_rises_to_the_end_and_tells_of_repeated_text(prepared: Path, watcher: Watcher) -> None:
+    done = [update[0] for update in watcher.updates]
+    assert done == sorted(done)
+    assert {update[1] for update in watcher.updates} == {65_000}
+    assert done[-1] == 65_000
+    assert {update[2].get("corpus") for update in watcher.updates} == {
+        "python-code", "package-docs", "code-instructions", None,
+    }  # fmt: skip
+    assert watcher.notes == ["code-instructions: training goes 2.0 times over its text"]
+
+
+def test_no_file_is_in_two_splits(prepared: Path, mixture: Mixture) -> None:
+    for corpus in mixture.corpora:
+        found = {split: {d.file for d in mixture.held_out(split, corpus)} for split in ("calibration", "evaluation")}
+        assert not found["calibration"] & found["evaluation"]
+        for split, names in found.items():
+            assert names
+            assert {split_of(name) for name in names} == {split}
+    for question in rows(prepared / "evaluation" / "choices.jsonl"):
+        assert split_of(question["file"]) == "evaluation"
+
+
+def test_no_held_out_text_is_trained_on(prepared: Path, mixture: Mixture) -> None:
+    tokenizer = tiny_tokenizer(chat=CHAT)
+    trained = ""
+    for corpus in mixture.corpora[:3]:
+        tokens = np.load(prepared / "train" / f"{corpus}.tokens.npy")
+        trained += " ".join(tokenizer.decode(tokens.ravel()).split())
+    assert len(trained) > 100_000
+    for corpus in mixture.corpora:
+        for split in ("calibration", "evaluation"):
+            for document in mixture.held_out(split, corpus):
+                text = " ".join(document.text.split())
+                assert len(text) < 60 or text not in trained
+    # the search itself finds what is there
+    assert " ".join(tokenizer.decode(np.load(prepared / "train" / "python-code.tokens.npy")[5]).split()) in trained
+
+
+def test_held_out_documents_become_the_tokens_that_were_counted(prepared: Path, mixture: Mixture) -> None:
+    encoder = Encoder(tiny_tokenizer(chat=CHAT))
+    for corpus in mixture.corpora:
+        for split in ("calibration", "evaluation"):
+            documents = mixture.held_out(split, corpus)
+            counted = [row["num_tokens"] for row in rows(prepared / split / f"{corpus}.jsonl")]
+            assert [len(e.tokens) for e in encoder.encode(documents)] == counted
+            assert max(counted) <= 512
+            assert len({d.file for d in documents}) > 2
+
+
+def test_calibration_windows_are_the_held_out_text(mixture: Mixture) -> None:
+    encoder = Encoder(tiny_tokenizer(chat=CHAT))
+    for corpus in mixture.corpora:
+        tokens, labels = mixture.calibration(corpus)
+        assert tokens.dtype == labels.dtype == torch.int64
+        assert tokens.shape == labels.shape
+        assert tokens.numel() >= 4096
+        encoded = encoder.encode(mixture.held_out("calibration", corpus))
+        if corpus == "code-instructions":
+            assert (labels == -100).any()
+            assert torch.equal(labels[labels != -100], tokens[labels != -100])
+        else:
+            assert torch.equal(tokens, labels)
+            joined = np.concatenate([e.tokens for e in encoded])[: tokens.numel()]
+            assert tokens.ravel().tolist() == joined.tolist()
+
+
+def test_labels_of_instructions_are_answers(mixture: Mixture) -> None:
+    tokenizer = tiny_tokenizer(chat=CHAT)
+    place = mixture.corpora.index("code-instructions")
+    seen = 0
+    for step in range(1, 40):
+        batch = mixture.batch(step, 4)
+        for tokens, labels, corpus in zip(batch.tokens, batch.labels, batch.corpora, strict=True):
+            if corpus == place:
+                seen += 1
+                assert (labels[1:] != -100).any()
+                answers = tokenizer.decode(labels[labels != -100])
+                assert "Write the Python" not in answers
+                assert "<|user|>" not in answers
+            else:
+                assert torch.equal(tokens, labels)
+    assert seen > 10
+
+
+# batch(step)
+
+
+def twin(mixture: Mixture, folder: Path, num_samples: int) -> list[tuple[int, list[int], list[int]]]:
+    """Walks from the first sample, with a cursor for each corpus: slow, and it remembers."""
+    entries = mixture.manifest["corpora"]
+    cursors, orders = [0] * len(entries), [[] for _ in entries]  # type: ignore[var-annotated]
+    samples: list[tuple[int, list[int], list[int]]] = []
+    for block in range(-(-num_samples // BLOCK)):
+        sorted_places = [c for c, entry in enumerate(entries) for _ in range(entry["samples_per_block"])]
+        for place in permutation(BLOCK, SEED, "block", block):
+            corpus = sorted_places[place]
+            name = entries[corpus]["name"]
+            tokens = np.load(folder / "train" / f"{name}.tokens.npy", mmap_mode="r")
+            if cursors[corpus] % len(tokens) == 0:
+                orders[corpus] = list(permutation(len(tokens), SEED, name, cursors[corpus] // len(tokens)))
+            window = orders[corpus][cursors[corpus] % len(tokens)]
+            cursors[corpus] += 1
+            row = tokens[window].tolist()
+            labels = row
+            if entries[corpus]["instruction"]:
+                mask = np.load(folder / "train" / f"{name}.mask.npy", mmap_mode="r")[window]
+                labels = [token if label else -100 for token, label in zip(row, mask, strict=True)]
+            samples.append((corpus, row, labels))
+    return samples[:num_samples]
+
+
+def test_batches_are_those_of_the_twin_in_any_order_and_size(mixture: Mixture, prepared: Path) -> None:
+    samples = twin(mixture, prepared, 2 * BLOCK + 600)
+    for step, sequences in [(1, 1), (300, 7), (2, 1000), (3, 5), (129, 16), (128, 8), (1, 2600), (374, 7), (1, 3)]:
+        batch = mixture.batch(step, sequences)
+        expected = samples[(step - 1) * sequences : step * sequences]
+        assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+        assert batch.corpora == [corpus for corpus, _, _ in expected]
+        assert batch.tokens.tolist() == [tokens for _, tokens, _ in expected]
+        assert batch.labels.tolist() == [labels for _, _, labels in expected]
+
+
+def test_a_batch_does_not_depend_on_what_was_asked_before(mixture: Mixture, prepared: Path) -> None:
+    fresh = Mixture(prepared, SEED).batch(100, 8)
+    for step in (1, 5000, 99):
+        mixture.batch(step, 8)
+    again = mixture.batch(100, 8)
+    assert torch.equal(fresh.tokens, again.tokens)
+    assert torch.equal(fresh.labels, again.labels)
+    again.tokens.zero_()  # a batch is the caller's own
+    assert torch.equal(mixture.batch(100, 8).tokens, fresh.tokens)
+    assert not torch.equal(Mixture(prepared, SEED + 1).batch(100, 8).tokens, fresh.tokens)
+
+
+def test_weights_are_exact_in_every_block(mixture: Mixture) -> None:
+    per_block = [entry["samples_per_block"] for entry in mixture.manifest["corpora"]]
+    assert per_block == [512, 307, 205, 0]
+    for block in (0, 1, 77):
+        found = Counter(mixture.sample(block * BLOCK + i)[0] for i in range(BLOCK))
+        assert [found[corpus] for corpus in range(4)] == per_block
+    assert [mixture.sample(i)[0] for i in range(BLOCK)] != [mixture.sample(BLOCK + i)[0] for i in range(BLOCK)]
+
+
+def test_each_epoch_takes_every_window_once_in_another_order(mixture: Mixture) -> None:
+    place = mixture.corpora.index("code-instructions")
+    num = mixture.manifest["corpora"][place]["train"]["windows"]
+    taken = [w for c, w in (mixture.sample(i) for i in range(4 * BLOCK)) if c == place]
+    epochs = [taken[e * num : (e + 1) * num] for e in range(len(taken) // num)]
+    assert len(epochs) >= 5
+    assert all(sorted(epoch) == list(range(num)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@given(st.integers(0, 3000), st.integers())
+@settings(max_examples=50, deadline=None)
+def test_a_permutation_is_one(length: int, key: int) -> None:
+    assert sorted(permutation(length, key)) == list(range(length))
+
+
+def test_permutations_never_change_between_versions() -> None:
+    """A resumed training would otherwise go on with other data."""
+    assert permutation(8, 42, "x", 0).tolist() == GOLDEN
+    x = (int.from_bytes(hashlib.blake2b(b"42\0x\0000", digest_size=8).digest(), "big"), 0x9E3779B97F4A7C15, 2**64)
+    slow = []
+    for i in range(1, 9):
+        z = (x[0] + i * x[1]) % x[2]
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % x[2]
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % x[2]
+        slow.append(z ^ z >> 31)
+    assert sorted(range(8), key=slow.__getitem__) == GOLDEN
+
+
+GOLDEN = [3, 1, 2, 6, 0, 7, 5, 4]
+
+
+# weights
+
+
+def weighted(*weights: float) -> list[Source]:
+    return [Source(name=f"s{i}", kind="python-code", weight=w) for i, w in enumerate(weights)]
+
+
+@given(st.lists(st.floats(0.01, 1) | st.just(0.0), min_size=1, max_size=9).filter(any))
+def test_block_counts_are_the_shares_to_within_one_sample(weights: list[float]) -> None:
+    counts = list(block_counts(weighted(*weights)).values())
+    assert sum(counts) == BLOCK
+    for weight, count in zip(weights, counts, strict=True):
+        assert abs(count - weight / sum(weights) * BLOCK) < 1
+        assert (count == 0) == (weight == 0)
+
+
+def test_the_largest_remainders_get_what_is_left() -> None:
+    assert list(block_counts(weighted(1, 1, 1)).values()) == [342, 341, 341]
+    assert list(block_counts(weighted(0.5, 0.3, 0.2)).values()) == [512, 307, 205]
+    assert list(block_counts(weighted(0, 2)).values()) == [0, 1024]
+
+
+def test_a_weight_too_small_to_be_sampled_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"'s1': weight=0.0001 is less than 1/1024"):
+        block_counts(weighted(1, 0.0001))
+
+
+@pytest.mark.parametrize("name", ["choices", "a/b", "", "..", "a b"])
+def test_a_name_must_be_a_file_name(name: str) -> None:
+    with pytest.raises(BadInput, match="cannot be a file name"):
+        block_counts([Source(name=name, kind="python-code", weight=1)])
+
+
+# one's own files
+
+
+def digests(folder: Path) -> dict[str, str]:
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
+def test_preparing_twice_gives_the_same_bytes_and_the_steps_change_only_the_manifest(tmp_path: Path) -> None:
+    data = data_of(files("notes", notes(tmp_path / "notes"), max_tokens=5000))
+    runs = {}
+    for name, seed, train_tokens in [("a", 1, 100), ("b", 1, 100), ("c", 1, 10_000), ("d", 2, 100)]:
+        prepare(data, tiny_tokenizer(), tmp_path / name, seed=seed, train_tokens=train_tokens)
+        runs[name] = digests(tmp_path / name)
+    assert runs["a"] == runs["b"]
+    assert runs["a"] != runs["c"]
+    assert all(runs["a"][k] == runs["c"][k] for k in runs["a"] if k != "manifest.json")
+    assert runs["a"]["train/notes.tokens.npy"] != runs["d"]["train/notes.tokens.npy"]
+
+
+@pytest.mark.slow
+def test_another_process_with_another_hash_seed_gives_the_same_bytes(prepared: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        "from test_mixing import CHAT, SEED, prepare, real_data, tiny_tokenizer\n"
+        f"prepare(real_data(Path({str(prepared.parent / 'notes')!r})), tiny_tokenizer(chat=CHAT),"
+        f" Path({str(prepared.parent / 'other')!r}), seed=SEED, train_tokens=50_000)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})
+    assert digests(prepared.parent / "other") == digests(prepared)
+
+
+@pytest.mark.parametrize("options", [{"bos": False}, {"eos": False}, {"adds_bos": True}, {"chat": CHAT}])
+def test_every_tokenizer_that_can_separate_documents_works(tmp_path: Path, options: dict[str, Any]) -> None:
+    lines = [json.dumps({"q": f"What is {i}?", "a": f"It is the number {i}."}) for i in range(400)]
+    (tmp_path / "qa.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    chat = files("qa", tmp_path / "qa.jsonl", prompt="{q}", answer="{a}")
+    data = data_of(files("notes", notes(tmp_path / "notes")), chat)
+    tokenizer = tiny_tokenizer(**options)
+    prepare(data, tokenizer, tmp_path / "out", seed=0, train_tokens=1000)
+    batch = Mixture(tmp_path / "out", 0).batch(1, 64)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    texts = batch.tokens[[c == 0 for c in batch.corpora]]
+    assert (texts == end).any()
+    answers = batch.labels[[c == 1 for c in batch.corpora]]
+    assert "It is the number" in tokenizer.decode(answers[0][answers[0] != -100])
+    assert "What is" not in tokenizer.decode(answers[answers != -100])
+
+
+def test_a_training_text_that_is_also_held_out_is_removed(tmp_path: Path) -> None:
+    folder = notes(tmp_path / "notes")
+    names = sorted(path.name for path in folder.iterdir())
+    held = next(name for name in names if split_of(name) == "evaluation")
+    trained = [name for name in names if split_of(name) == "train"][:2]
+    text = (folder / held).read_text(encoding="utf-8")
+    for name in trained:
+        (folder / name).write_text(f"  {text}\n", encoding="utf-8")
+    # in another corpus too
+    other = tmp_path / "other"
+    notes(other)
+    (other / "note000.txt").write_text(text, encoding="utf-8")
+    data = data_of(files("notes", folder), files("other", other), evaluation_tokens=1000)
+    held_out_twice = [name for name in names if split_of(name) != "train"]
+    manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1000)
+    removed = [entry["train"]["duplicates_of_held_out_removed"] for entry in manifest["corpora"]]
+    evaluated = {d.file for d in Mixture(tmp_path / "out", 0).held_out("evaluation", "notes")}
+    assert held in evaluated
+    assert removed[0] == 2
+    assert removed[1] >= (split_of("note000.txt") == "train")
+    assert "note000.txt" not in held_out_twice or removed[1] == 0
+    tokens = np.load(tmp_path / "out" / "train" / "notes.tokens.npy")
+    assert text.strip() not in tiny_tokenizer().decode(tokens.ravel())
+
+
+def test_too_little_held_out_text(tmp_path: Path) -> None:
+    source = files("notes", notes(tmp_path / "notes"))
+    for split in ("calibration", "evaluation"):
+        with pytest.raises(BadInput, match=rf"'notes' has \d+ held-out tokens for {split}, 90000 asked") as error:
+            prepare(
+                data_of(source, **{f"{split}_tokens": 90_000}),
+                tiny_tokenizer(),
+                tmp_path / split,
+                seed=0,
+                train_tokens=1,
+            )
+        assert error.value.hint is not None
+        assert f"lower data.{split}_tokens" in error.value.hint
+
+
+def test_one_text_file_cannot_be_trained_on_and_held_out(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("A long story. " * 3000, encoding="utf-8")
+    with pytest.raises(BadInput, match="has 0 held-out tokens") as error:
+        prepare(data_of(files("book", tmp_path / "book.txt")), tiny_tokenizer(), tmp_path / "o", seed=0, train_tokens=1)
+    assert "one is not enough" in str(error.value.hint)
+
+
+def test_less_than_one_window_of_training_text(tmp_path: Path) -> None:
+    source = files("notes", notes(tmp_path / "notes"), max_tokens=SEQ_LEN - 1)
+    with pytest.raises(BadInput, match=r"fewer training tokens than one window of seq_len=64 \(max_tokens=63\)"):
+        prepare(data_of(source), tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1)
+
+
+def test_an_empty_corpus_and_a_wrong_column_are_found_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": null}\n', encoding="utf-8")
+    good = files("notes", notes(tmp_path / "notes"))
+    for column, message in (("text", "'bad' has no text"), ("body", "no column 'body'")):
+        bad = files("bad", tmp_path / "empty.jsonl", column=column)
+        with pytest.raises(BadInput, match=message):
+            prepare(data_of(good, bad), tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1)
+    with pytest.raises(BadInput, match="neither a BOS nor an EOS"):
+        prepare(data_of(good), tiny_tokenizer(bos=False, eos=False), tmp_path / "out", seed=0, train_tokens=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_max_tokens_is_a_limit_and_all_the_text_is_used_below_it(tmp_path: Path) -> None:
+    folder = notes(tmp_path / "notes")
+    few = prepare(data_of(files("n", folder, max_tokens=700)), tiny_tokenizer(), tmp_path / "a", seed=0, train_tokens=1)
+    everything = prepare(data_of(files("n", folder)), tiny_tokenizer(), tmp_path / "b", seed=0, train_tokens=1)
+    assert few["corpora"][0]["train"]["windows"] == 700 // SEQ_LEN
+    train = everything["corpora"][0]["train"]
+    assert train["documents"] == sum(split_of(p.name) == "train" for p in folder.iterdir())
+    encoder = Encoder(tiny_tokenizer())
+    assert train["windows"] < 400_000 // SEQ_LEN
+    assert len(encoder.prefix) == 0
+    assert np.array_equal(np.load(tmp_path / "a/train/n.tokens.npy"), np.load(tmp_path / "b/train/n.tokens.npy")[:10])
