@@ -44,7 +44,7 @@ class LayerPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class CutoffMetrics:
-    """How well a predictor does on ``num_tokens`` tokens when ``probability >= cutoff`` means active (paper, App. C)."""
+    """A predictor on ``num_tokens`` tokens, when ``probability >= cutoff`` means predicted active (paper, App. C)."""
 
     cutoff: float
     recall: float | None
@@ -79,6 +79,8 @@ def train(
 
     AdamW with ``lr`` falling linearly to 0, on :func:`weighted_bce` whose negative weight is the share of active
     neurons of the layer + 0.005: both classes weigh about the same in total, so recall is preferred to precision.
+    The recorded x is scaled to mean square 1 for training, and the scale goes into ``fc1`` at the end: the size of x
+    differs between layers by a factor of five, and one ``lr`` must serve them all.
 
     Args:
         on_epoch: called with the number of finished epochs and the mean loss of the last one.
@@ -90,6 +92,7 @@ def train(
         nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
     predictor.to(device)
     negative_weight = 1.0 - recording.sparsity + DENSITY_OFFSET
+    rms = _rms(recording.inputs)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
     num_steps = epochs * -(-recording.num_tokens // batch_size)
     step = 0
@@ -99,7 +102,7 @@ def train(
         for rows in order.split(batch_size):
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / num_steps)
-            logits = predictor(recording.inputs[rows].to(device, torch.float32))
+            logits = predictor(recording.inputs[rows].to(device, torch.float32) / rms)
             loss = weighted_bce(logits, recording.active(rows).to(device, torch.float32), negative_weight)
             loss.backward()
             optimizer.step()
@@ -108,7 +111,15 @@ def train(
             step += 1
         if on_epoch:
             on_epoch(epoch + 1, float(torch.stack(losses).mean()))
+    with torch.no_grad():
+        predictor.fc1.weight /= rms
     return predictor.cpu().eval()
+
+
+def _rms(inputs: Tensor) -> float:
+    """The root of the mean square over all entries; 1 for a layer that only ever sees zeros."""
+    total = sum(float(part.double().square().sum()) for part in inputs.split(EVALUATE_BATCH))
+    return (total / inputs.numel()) ** 0.5 or 1.0
 
 
 def _layer_seed(seed: int, layer: int) -> int:

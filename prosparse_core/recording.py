@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
 from prosparse_core.precision import Precision, autocast
+
+if TYPE_CHECKING:
+    from prosparse_core.mixing import Mixture
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -67,6 +71,27 @@ class Recording:
         return sum(r.inputs.nbytes + r.packed_active.nbytes for r in self.layers)
 
 
+def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Full windows of the evaluation documents as (corpus, int64 [1, seq_len]), the corpora taking turns.
+
+    So any beginning of the stream has about as much of each corpus. A corpus shorter than ``seq_len`` is one window of
+    its own length; else the incomplete end is left out. The stream ends when every corpus is used up.
+    """
+    from prosparse_core.packing import Encoder
+
+    encoder = Encoder(tokenizer)
+    windows: dict[str, Tensor] = {}
+    for corpus in mixture.corpora:
+        encoded = encoder.encode(mixture.held_out("evaluation", corpus))
+        tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()
+        length = min(mixture.seq_len, len(tokens))
+        windows[corpus] = tokens[: len(tokens) // length * length].view(-1, length)
+    for turn in range(max(len(rows) for rows in windows.values())):
+        for corpus, rows in windows.items():
+            if turn < len(rows):
+                yield corpus, rows[turn : turn + 1]
+
+
 @torch.inference_mode()
 def record(
     model: nn.Module,
@@ -76,6 +101,7 @@ def record(
     precision: Precision,
     layers: Sequence[int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    stride: int = 1,
 ) -> Recording:
     """Forward full windows until ``num_tokens`` positions are recorded, or the windows are used up.
 
@@ -86,16 +112,18 @@ def record(
         precision: of the forward passes; the mask is the one this precision gives.
         layers: which layers to record; None for all.
         dtype: what x is kept in.
+        stride: keep every ``stride``-th position of each batch, so that few positions come from whole contexts.
 
     Raises:
         BadInput: a layer that the model does not have, or no tokens.
     """
     assert num_tokens > 0
+    assert stride > 0
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
-        with _Recorder(model, num_tokens, layers, dtype) as recorder:
+        with _Recorder(model, num_tokens, layers, dtype, stride) as recorder:
             for tokens in batches_of_tokens:
                 with autocast(precision, device.type):
                     # The logits of one position: the language model's head is no part of what is recorded.
@@ -111,14 +139,14 @@ class _Recorder:
     """Hooks on gate (its input is x) and down (its input is x1) of the chosen layers; removed when closed."""
 
     def __init__(
-        self, model: nn.Module, num_tokens: int, layers: Sequence[int] | None, dtype: torch.dtype
+        self, model: nn.Module, num_tokens: int, layers: Sequence[int] | None, dtype: torch.dtype, stride: int
     ) -> None:
         ffns = find_ffns(model)
         wanted = range(len(ffns)) if layers is None else sorted(set(layers))
         unknown = [i for i in wanted if not 0 <= i < len(ffns)]
         if unknown or not wanted:
             raise BadInput(f"layers {unknown}: the model has layers 0 to {len(ffns) - 1}")
-        self._num_tokens = num_tokens
+        self._num_tokens, self._stride = num_tokens, stride
         self._ffns = [ffns[i] for i in wanted]
         self._x = {f.layer: torch.empty(num_tokens, f.gate.in_features, dtype=dtype) for f in self._ffns}
         self._bits = {
@@ -145,13 +173,13 @@ class _Recorder:
 
     def _on_gate(self, layer: int, x: Tensor) -> None:
         start = self._filled_x[layer]
-        x_TD = x.flatten(0, -2)[: self._num_tokens - start]
+        x_TD = x.flatten(0, -2)[self._stride - 1 :: self._stride][: self._num_tokens - start]
         self._x[layer][start : start + len(x_TD)] = x_TD
         self._filled_x[layer] += len(x_TD)
 
     def _on_down(self, layer: int, x1: Tensor) -> None:
         start = self._filled_bits[layer]
-        x1_TF = x1.flatten(0, -2)[: self._num_tokens - start]
+        x1_TF = x1.flatten(0, -2)[self._stride - 1 :: self._stride][: self._num_tokens - start]
         self._bits[layer][start : start + len(x1_TF)] = pack_bits(x1_TF != 0)
         self._filled_bits[layer] += len(x1_TF)
 

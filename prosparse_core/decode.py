@@ -1,0 +1,130 @@
+"""Greedy decoding with a key-value cache, timed token by token, and FFN modules that can be exchanged and put back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prosparse_core.activations import FATReLU, ReLU
+from prosparse_core.errors import BadInput
+from prosparse_core.families import FFN, find_ffns
+
+Timer = Literal["process_cpu", "wall"]
+CLOCKS: dict[str, Callable[[], float]] = {"process_cpu": time.process_time, "wall": time.perf_counter}
+
+
+class GreedyDecoder:
+    """One sequence, batch 1. The prompt [1, n] is forwarded at once; its token, and one per step, are in ``tokens``.
+
+    ``logits`` [vocab] are those of the newest token. An end-of-sequence token does not end anything.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor, timer: Timer) -> None:
+        assert prompt.ndim == 2
+        assert prompt.shape[0] == 1
+        self._model, self._clock, self._cache = model, CLOCKS[timer], None
+        self.tokens: list[int] = []
+        self._forward(prompt)
+
+    def step(self) -> float:
+        """Decode the next token; the seconds its forward pass and the choice took."""
+        last = torch.tensor([[self.tokens[-1]]], device=self.logits.device)
+        began = self._clock()
+        self._forward(last)
+        return self._clock() - began
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor) -> None:
+        out = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = out.past_key_values
+        self.logits: Tensor = out.logits[0, -1]
+        self.tokens.append(int(self.logits.argmax()))
+
+
+def ffn_thresholds(model: nn.Module) -> list[float]:
+    """The FATReLU threshold each layer runs with; 0 is ReLU.
+
+    Raises:
+        BadInput: an activation whose zeros no threshold describes, or a projection with a bias: such an FFN cannot be
+            computed from its active neurons alone.
+    """
+    found = []
+    for ffn in find_ffns(model):
+        activation = ffn.activation
+        if isinstance(activation, FATReLU):
+            found.append(float(activation.threshold))
+        elif isinstance(activation, ReLU | nn.ReLU):
+            found.append(0.0)
+        else:
+            raise BadInput(
+                f"layer {ffn.layer}: the activation is {activation}, not ReLU or FATReLU: no exact zeros to skip",
+                hint="measure a variant with a ReLU activation",
+            )
+        biased = [name for name in ("gate", "up", "down") if getattr(ffn, name).bias is not None]
+        if biased:
+            raise BadInput(f"layer {ffn.layer}: {' and '.join(biased)} with a bias: sparse FFNs know none")
+    return found
+
+
+class ExchangedFFNs:
+    """The FFN modules of one model instance, exchanged for others and back; other instances stay as they are.
+
+    All of them are exchanged or none: ``make`` is called for every layer before the first module is touched.
+    A context manager: leaving it puts the original modules back.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[[FFN], nn.Module]) -> None:
+        ffns = find_ffns(model)
+        self._places = [_parent_and_name(model, ffn) for ffn in ffns]
+        self._original = [ffn.module for ffn in ffns]
+        self.modules = [make(ffn) for ffn in ffns]
+        self.redo()
+
+    def redo(self) -> None:
+        """Put the new modules in."""
+        self._put(self.modules)
+
+    def undo(self) -> None:
+        """Put the original modules back."""
+        self._put(self._original)
+
+    def count(self) -> int:
+        """How many layers run a new module now."""
+        current = (getattr(parent, name) for parent, name in self._places)
+        return sum(now is new for now, new in zip(current, self.modules, strict=True))
+
+    def _put(self, modules: Sequence[nn.Module]) -> None:
+        for (parent, name), module in zip(self._places, modules, strict=True):
+            setattr(parent, name, module)
+
+    def __enter__(self) -> ExchangedFFNs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def _parent_and_name(model: Any, ffn: FFN) -> tuple[nn.Module, str]:
+    path, _, name = f"{ffn.family.layers}.{ffn.layer}.{ffn.family.ffn}".rpartition(".")
+    parent = model.get_submodule(path)
+    assert getattr(parent, name) is ffn.module
+    return parent, name
+
+
+def decode_speedup_limit(model: nn.Module, sparsity: float) -> float:
+    """The most that skipping up and down can bring at batch 1, when time goes with the weights that are read.
+
+    Every matrix is read once per token, save the embedding table (one row), unless it is also the output layer.
+    """
+    output = model.get_output_embeddings().weight  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    read = sum(p.numel() for p in model.parameters() if p is not embedding or p is output)
+    skipped = sparsity * sum(f.up.weight.numel() + f.down.weight.numel() for f in find_ffns(model))
+    return read / (read - skipped)
