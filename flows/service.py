@@ -32,7 +32,7 @@ from flows.service_address import (
     remove_stale_pointer,
     write_pointer,
 )
-from flows.service_process import Service, find_service, log_file, start_service, stop_service, turn
+from flows.service_process import Service, find_service, log_file, start_service, stop_orphans, stop_service, turn
 from flows.service_runs import HEARTBEAT_S, SILENCE_S, crash_dead_runs, process_tag, timestamp
 from prosparse_core.errors import EnvironmentProblem
 
@@ -133,6 +133,7 @@ def down(home: Path, *, folder: Path | None = None, progress: Progress | None = 
         if stop_service(home, "server", STOP_TIMEOUT_S):
             say("server: stopped")
         remove_stale_pointer(folder)
+        stop_orphans(home)
         return status(home, folder=folder)
 
 
@@ -168,28 +169,22 @@ def environment(home: Path, *, folder: Path | None = None) -> dict[str, str]:
 
     ``PREFECT_API_URL`` is among them only while a server is up: without it Prefect starts a temporary one, on the
     same database under ``home``. Other variables the user has set are kept, except that PREFECT_HOME is theirs only
-    together with their own server. A ``prefect.toml`` left behind by a server that died is removed on the way.
+    together with their own server. What killed processes left behind (a ``prefect.toml`` that leads nowhere, temporary
+    servers that nobody waits for) is removed on the way. EnvironmentProblem when PREFECT_API_URL leads nowhere.
     """
     home, folder = _absolute(home), _absolute(folder or run_folder())
     address = _find_address(home, folder)
-    ours = {
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default of 20 is at the edge on a busy machine
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # these two let `--watch` show the log, errors included
-        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
-        "DO_NOT_TRACK": "1",
-    }
-    variables = {key: os.environ.get(key) or value for key, value in ours.items()}
-    if address.owned:
-        variables["PREFECT_HOME"] = str(home / "prefect")
     if not address.owned or address.healthy():
-        variables["PREFECT_API_URL"] = address.url
-    else:
-        for place in {folder, Path.cwd()}:
-            remove_stale_pointer(place)
-    return variables
+        return _variables(home, address) | {"PREFECT_API_URL": address.url}
+    if url := os.environ.get("PREFECT_API_URL"):
+        raise EnvironmentProblem(
+            f"no Prefect server answers at PREFECT_API_URL={url}",
+            hint="`prosparse up` starts one there; unset the variable to run without a server",
+        )
+    for place in {folder, Path.cwd()}:
+        remove_stale_pointer(place)
+    stop_orphans(home)
+    return _variables(home, address)
 
 
 def recover(home: Path, *, folder: Path | None = None) -> list[str]:
@@ -197,10 +192,12 @@ def recover(home: Path, *, folder: Path | None = None) -> list[str]:
 
     Gone means: the process named by ``process_tag`` or by our worker does not exist on this machine; or, for a run
     that nothing vouches for on our own server, no heartbeat for ``SILENCE_S`` seconds. Runs of other machines are
-    left alone. Needs no running server. Returns the names of the runs it marked.
+    left alone. Needs no running server, and stops temporary ones that nobody waits for.
+    Returns the names of the runs it marked.
     """
     home, folder = _absolute(home), _absolute(folder or run_folder())
     with turn(home, on_wait=lambda: None):
+        stop_orphans(home)
         address = _find_address(home, folder)
         if not address.owned or address.healthy():
             return crash_dead_runs(address, _worker_name(home), find_service(home, "worker"))
@@ -220,6 +217,20 @@ def run_folder() -> Path:
 def _find_address(home: Path, folder: Path) -> Address:
     server = find_service(home, "server")
     return find_address(folder, server.url if server else None)
+
+
+def _variables(home: Path, address: Address) -> dict[str, str]:
+    ours = {
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default of 20 is at the edge on a busy machine
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # these two let `--watch` show the log, errors included
+        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        "DO_NOT_TRACK": "1",
+    }
+    variables = {key: os.environ.get(key) or value for key, value in ours.items()}
+    return variables | ({"PREFECT_HOME": str(home / "prefect")} if address.owned else {})
 
 
 def _bring_up_server(home: Path, folder: Path, address: Address, say: Progress) -> Address:
@@ -260,7 +271,7 @@ def _bring_up_worker(home: Path, folder: Path, address: Address, say: Progress) 
 
 
 def _start(home: Path, name: str, command: list[str], address: Address, folder: Path) -> Service:
-    env = os.environ | environment(home, folder=folder)
+    env = os.environ | _variables(home, address)
     env |= {"PREFECT_API_URL": address.url, "PROSPARSE_HOME": str(home), "PYTHONUNBUFFERED": "1"}
     return start_service(home, name, command, address.url, folder, env)
 

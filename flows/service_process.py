@@ -35,8 +35,8 @@ class Service:
     log_offset: int  # bytes in the log before it started
 
     def is_alive(self) -> bool:
-        if self.pid in _children and _children[self.pid].poll() is not None:
-            return False
+        if child := _children.get(self.pid):
+            return child.poll() is None  # no need to ask who it is, and just after its start it could not tell
         try:
             process = psutil.Process(self.pid)
             return process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[1:] == self.command[1:]
@@ -120,6 +120,32 @@ def stop_service(home: Path, name: str, timeout_s: float) -> bool:
             child.wait()
     _record(home, name).unlink(missing_ok=True)
     return service is not None
+
+
+def stop_orphans(home: Path) -> int:
+    """Stop the temporary servers that runs without a server left behind when they were killed; how many.
+
+    Prefect marks them in their environment. One whose parent is still a Python process is in use.
+    """
+    num_stopped = 0
+    for process in psutil.process_iter():
+        try:
+            env = process.environ()
+            if env.get("PREFECT__SERVER_EPHEMERAL") != "1" or env.get("PREFECT_HOME") != str(home / "prefect"):
+                continue
+            if not _is_python(process.parent()):
+                process.terminate()
+                num_stopped += 1
+        except psutil.Error:
+            continue  # gone meanwhile, or another user's
+    return num_stopped
+
+
+def _is_python(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and "python" in Path(process.exe()).name.lower()
+    except psutil.Error:
+        return False  # not even ours to look at
 
 
 @contextmanager
