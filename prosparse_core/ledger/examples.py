@@ -7,9 +7,10 @@ EXAMPLES: list[tuple[str, str]] = [
         "round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard ORDER BY model, sparsity",
     ),
     (
-        "Everything measured in the newest run",
+        "Everything measured in the newest finished run",
         "SELECT setting, kind, name, corpus_or_task, value, unit, conditions FROM results "
-        "WHERE run_id = (SELECT max_by(run_id, started_at) FROM runs) AND kind <> 'layer_sparsity' ORDER BY ALL",
+        "WHERE run_id = (SELECT max_by(run_id, started_at) FROM runs WHERE status = 'done') "
+        "AND kind <> 'layer_sparsity' ORDER BY ALL",
     ),
     (
         "Token perplexity of every setting on every corpus",

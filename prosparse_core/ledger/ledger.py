@@ -34,11 +34,35 @@ class Ledger:
     def __init__(self, home: Path) -> None:
         self.home = Path(home)
         self._files = LedgerFiles(self.home)
+        self._together = threading.local()
 
     @property
     def path(self) -> Path:
         """The published snapshot: what people open."""
         return self._files.public
+
+    def exists(self) -> bool:
+        """Whether anything was ever recorded here."""
+        return self._files.public.exists() or self._files.private.exists()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Several writes of this thread as one: all are published when the block is left, or none is."""
+        with self._files.write() as con:
+            self._together.con = con
+            try:
+                yield
+            finally:
+                self._together.con = None
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[DuckDBPyConnection]:
+        con = getattr(self._together, "con", None)
+        if con is not None:
+            yield con
+            return
+        with self._files.write() as con:
+            yield con
 
     def start_run(
         self,
@@ -56,7 +80,7 @@ class Ledger:
         Raises:
             BadInput: another run has this id.
         """
-        with self._files.write() as con:
+        with self._write() as con:
             found = con.execute("SELECT flow, recipe_yaml FROM run_starts WHERE run_id = ?", [run_id]).fetchone()
             if found == (flow, recipe_yaml):
                 return
@@ -74,13 +98,13 @@ class Ledger:
     def end_run(self, run_id: str, status: str, error: str | None = None) -> None:
         """Write down how a run ended: ``done`` or ``failed``. Told twice, the later word counts."""
         assert status in ("done", "failed"), status
-        with self._files.write() as con:
+        with self._write() as con:
             _require(con, "run_starts", "run_id", run_id)
             _end_run(con, run_id, status, error)
 
     def start_step(self, run_id: str, *, step: str, stage: int | None, label: str, fingerprint: str) -> str:
         """Write down that a step began; returns its id, ``<run_id>/<number>-<step>``."""
-        with self._files.write() as con:
+        with self._write() as con:
             _require(con, "run_starts", "run_id", run_id)
             row = con.execute("SELECT count(*) + 1 FROM step_starts WHERE run_id = ?", [run_id]).fetchone()
             assert row is not None
@@ -104,7 +128,7 @@ class Ledger:
         """Write down how a step ended: ``done`` or ``cached`` with the digest of its artifact, or ``failed``."""
         assert status in ("done", "cached", "failed"), status
         assert status == "failed" or artifact, "a step that succeeds leaves an artifact"
-        with self._files.write() as con:
+        with self._write() as con:
             _require(con, "step_starts", "step_id", step_id)
             _end_step(con, step_id, status, artifact, error, hint)
 
@@ -117,7 +141,7 @@ class Ledger:
         """
         from prosparse_core.ledger import ingest
 
-        with self._files.write() as con:
+        with self._write() as con:
             ingest.ingest_artifact(con, Path(folder), self.home)
 
     def mark_dead_runs(self, is_alive: Callable[[dict[str, Any]], bool]) -> list[str]:
@@ -126,12 +150,12 @@ class Ledger:
         Args:
             is_alive: judges a run by ``run_id, flow, recipe, model, host, pid, started_at`` and its ``provenance``.
         """
-        if self._files.readable() is None:
+        if not self.exists():
             return []
         sql = "SELECT run_id, flow, recipe, model, host, pid, started_at, provenance FROM runs WHERE status = 'running'"
         dead = [run["run_id"] for run in self.query(sql).records() if not is_alive(run)]
         if dead:
-            with self._files.write() as con:
+            with self._write() as con:
                 still = "WHERE status = 'running' AND run_id IN (SELECT unnest(?)) ORDER BY started_at"
                 for (step_id,) in con.execute(f"SELECT step_id FROM steps {still}", [dead]).fetchall():
                     _end_step(con, step_id, "failed", None, _DIED, "run the same command again: it goes on from here")

@@ -23,6 +23,8 @@ WRITER_CONFIG: dict[str, str | bool | int | float | list[str]] = {"threads": 1, 
 HISTORY = ("run_starts", "run_ends", "step_starts", "step_ends")
 """The tables the store's artifacts do not hold."""
 _CARRIED_BY_CODE = ("schema_version", "published")
+_SQL = ("schema.sql", "views.sql", "paper.sql")
+_CSV = ("columns.csv", "published.csv")
 _HERE = Path(__file__).parent
 
 
@@ -33,8 +35,7 @@ class DamagedLedger(Exception):
 @cache
 def signature() -> str:
     """Hash of the files that define the schema, the views, the comments and the published numbers."""
-    names = ("schema.sql", "views.sql", "columns.csv", "published.csv")
-    return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in names)).hexdigest()
+    return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in (*_SQL, *_CSV))).hexdigest()
 
 
 def now() -> datetime:
@@ -50,7 +51,7 @@ def create(path: Path) -> None:
         con.execute(f"ATTACH {text_literal(path)} AS ledger (STORAGE_VERSION '{STORAGE_VERSION}')")
         con.execute("USE ledger")
         con.execute("BEGIN")
-        for name in ("schema.sql", "views.sql"):
+        for name in _SQL:
             con.execute((_HERE / name).read_text(encoding="utf-8"))
         _comment_columns(con)
         con.execute(

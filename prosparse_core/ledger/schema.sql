@@ -35,10 +35,11 @@ COMMENT ON TABLE step_ends IS 'One row per step ended; ask the view steps.';
 -- What was made.
 CREATE TABLE artifacts (
   digest VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, step VARCHAR NOT NULL, label VARCHAR NOT NULL,
-  path VARCHAR NOT NULL, bytes BIGINT NOT NULL, num_files INTEGER NOT NULL, created_at TIMESTAMP NOT NULL, wall_s DOUBLE,
-  payload JSON NOT NULL, provenance JSON NOT NULL, meta JSON NOT NULL, PRIMARY KEY (digest, fingerprint)
+  path VARCHAR NOT NULL, bytes BIGINT NOT NULL, num_files INTEGER NOT NULL, created_at TIMESTAMP NOT NULL,
+  wall_s DOUBLE, payload JSON NOT NULL, provenance JSON NOT NULL, meta JSON NOT NULL, PRIMARY KEY (digest, fingerprint)
 );
-COMMENT ON TABLE artifacts IS 'One row per finished step folder of the store: what decided it, where it lies, how big it is.';
+COMMENT ON TABLE artifacts IS
+  'One row per finished step folder of the store: what decided it, where it lies, how big it is.';
 
 CREATE TABLE lineage (
   artifact VARCHAR NOT NULL, step VARCHAR NOT NULL, role VARCHAR NOT NULL, input VARCHAR NOT NULL, input_step VARCHAR,
@@ -61,18 +62,20 @@ CREATE TABLE train_metrics (
 COMMENT ON TABLE train_metrics IS 'The training log: one row per logged optimizer step of a stage.';
 
 CREATE TABLE sparsity (
-  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, corpus VARCHAR NOT NULL, layer INTEGER NOT NULL CHECK (layer >= 0),
-  threshold DOUBLE, num_tokens BIGINT NOT NULL, sparsity DOUBLE NOT NULL CHECK (sparsity BETWEEN 0 AND 1),
-  dead_frac DOUBLE, mean_abs_x1 DOUBLE
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, corpus VARCHAR NOT NULL,
+  layer INTEGER NOT NULL CHECK (layer >= 0), threshold DOUBLE, num_tokens BIGINT NOT NULL,
+  sparsity DOUBLE NOT NULL CHECK (sparsity BETWEEN 0 AND 1), dead_frac DOUBLE, mean_abs_x1 DOUBLE
 );
-COMMENT ON TABLE sparsity IS 'Share of exact zeros in x1 by variant, corpus and layer. Means over layers are in results and leaderboard.';
+COMMENT ON TABLE sparsity IS
+  'Share of exact zeros in x1 by variant, corpus and layer. Means over layers are in results and leaderboard.';
 
 CREATE TABLE thresholds (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, rule VARCHAR NOT NULL, scope VARCHAR NOT NULL,
   threshold DOUBLE NOT NULL, corpus VARCHAR NOT NULL, num_tokens BIGINT NOT NULL, perplexity DOUBLE, sparsity DOUBLE,
   chosen BOOLEAN NOT NULL
 );
-COMMENT ON TABLE thresholds IS 'The calibration curve: what every tried FATReLU threshold cost in perplexity and brought in sparsity.';
+COMMENT ON TABLE thresholds IS
+  'The calibration curve: what every tried FATReLU threshold cost in perplexity and brought in sparsity.';
 
 CREATE TABLE evaluations (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, task VARCHAR, corpus VARCHAR, metric VARCHAR NOT NULL,
@@ -80,11 +83,13 @@ CREATE TABLE evaluations (
   harness_version VARCHAR, higher_is_better BOOLEAN, headline BOOLEAN, note VARCHAR,
   CHECK (task IS NOT NULL OR corpus IS NOT NULL), CHECK (value IS NOT NULL OR note IS NOT NULL)
 );
-COMMENT ON TABLE evaluations IS 'Perplexities by corpus and benchmark scores by task. A NULL value is n/a, and note says why.';
+COMMENT ON TABLE evaluations IS
+  'Perplexities by corpus and benchmark scores by task. A NULL value is n/a, and note says why.';
 
 CREATE TABLE predictors (
-  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, layer INTEGER NOT NULL CHECK (layer >= 0), cutoff DOUBLE NOT NULL,
-  hidden INTEGER, label_rule VARCHAR, recall DOUBLE, predicted_sparsity DOUBLE, true_sparsity DOUBLE, num_tokens BIGINT
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, layer INTEGER NOT NULL CHECK (layer >= 0),
+  cutoff DOUBLE NOT NULL, hidden INTEGER, label_rule VARCHAR, recall DOUBLE, predicted_sparsity DOUBLE,
+  true_sparsity DOUBLE, num_tokens BIGINT
 );
 COMMENT ON TABLE predictors IS 'How well the activation predictors find the active neurons, by layer and cutoff.';
 
@@ -95,10 +100,12 @@ CREATE TABLE speed (
   rel_err DOUBLE, gate_passed BOOLEAN, limit_speedup DOUBLE, tokens_per_s DOUBLE, layer INTEGER, host VARCHAR,
   cpu VARCHAR, device VARCHAR, note VARCHAR
 );
-COMMENT ON TABLE speed IS 'Every timing, with all its conditions. Ratios are in the view speedup, which compares like with like only.';
+COMMENT ON TABLE speed IS
+  'Every timing, with all its conditions. Ratios are in the view speedup, which compares like with like only.';
 
 CREATE TABLE published (
   model VARCHAR NOT NULL, setting VARCHAR NOT NULL, metric VARCHAR NOT NULL, condition VARCHAR NOT NULL,
   value DOUBLE NOT NULL, unit VARCHAR NOT NULL, source VARCHAR NOT NULL
 );
-COMMENT ON TABLE published IS 'The numbers the authors printed, each with its table; percentages and microseconds as printed.';
+COMMENT ON TABLE published IS
+  'The numbers the authors printed, each with its table; percentages and microseconds as printed.';
