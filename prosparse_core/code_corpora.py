@@ -154,15 +154,14 @@ _NO_PROSE_FILES = (
 
 
 def _is_documentation(path: importlib.metadata.PackagePath) -> bool:
+    suffix, stem = path.suffix.lower(), path.stem.lower()
+    if suffix not in (".md", ".rst", ".txt") or stem.startswith(_NO_PROSE_FILES):
+        return False
     folders = [part.lower() for part in path.parts[:-1]]
-    stem = path.stem.lower()
     if _NO_PROSE_FOLDERS.intersection(folders) or any(f.endswith((".dist-info", ".egg-info")) for f in folders):
         return False
-    if stem.startswith(_NO_PROSE_FILES):
-        return False
-    if path.suffix.lower() == ".txt":  # mostly tables and word lists
-        return "readme" in stem or bool({"doc", "docs"}.intersection(folders))
-    return path.suffix.lower() in (".md", ".rst")
+    # text files are mostly tables and word lists
+    return suffix != ".txt" or "readme" in stem or bool({"doc", "docs"}.intersection(folders))
 
 
 @dataclass(frozen=True)
