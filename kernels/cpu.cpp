@@ -345,14 +345,11 @@ float psk_read(const float* data, int64_t n, int64_t num_threads) {
   return total;
 }
 
-// Asks for huge pages under [address, address + size). Returns 1 if the kernel made them now, 0 if it did not.
+// Asks for huge pages in [address, address + size), both multiples of 2 MiB, before the memory is first written.
+// Returns whether the system listens.
 int64_t psk_huge_pages(void* address, int64_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t page = 2u << 20;
-  const uintptr_t first = ((uintptr_t)address + page - 1) / page * page, last = ((uintptr_t)address + size) / page * page;
-  if (first >= last || madvise((void*)first, last - first, MADV_HUGEPAGE) != 0) return 0;
-  const int collapse = 25;  // MADV_COLLAPSE, Linux 6.1; older headers do not name it
-  return madvise((void*)first, last - first, collapse) == 0;
+  return size > 0 && madvise(address, size, MADV_HUGEPAGE) == 0;
 #else
   (void)address, (void)size;
   return 0;

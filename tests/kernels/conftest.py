@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.providers import random_case
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and tokens whose gates are cut at a threshold that leaves about the asked share alive."""
+    """A layer and tokens whose gates are cut at a threshold that leaves the asked share alive."""
 
     weights: tuple[Tensor, Tensor, Tensor]
     x: Tensor
@@ -20,21 +21,8 @@ class Case:
 
 
 def make_case(d_model: int, d_ff: int, dtype: torch.dtype, sparsity: float, tokens: int = 3, seed: int = 0) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, d_model, generator=generator)
-    x[:, 0] = 1.0
-    w_gate, w_up, w_down_t = (torch.randn(d_ff, d_model, generator=generator) / d_model**0.5 for _ in range(3))
-    w_gate[:, 0] += 8.0  # every gate is positive, so any share can be cut by a threshold
-    weights = (w_gate.to(dtype), w_up.to(dtype), w_down_t.to(dtype))
-    gates = (x.double() @ weights[0].double().T).flatten().sort().values
-    below = round(sparsity * gates.numel())
-    if below == 0:
-        threshold = float(gates[0]) / 2
-    elif below == gates.numel():
-        threshold = float(gates[-1]) * 2
-    else:
-        threshold = float(gates[below - 1] + gates[below]) / 2
-    return Case(weights, x, threshold)
+    weights, x, threshold = random_case(d_model, d_ff, sparsity, dtype, seed, tokens=tokens)
+    return Case(weights.tensors, x, threshold)
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

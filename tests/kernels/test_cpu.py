@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -158,6 +159,22 @@ def test_copies_and_pickles_own_their_weights(case):
         assert twin.weights[0].data_ptr() != ffn.weights[0].data_ptr()
         assert (twin.num_threads, twin.skip_dead) == (2, False)
         assert torch.equal(twin.ffn(made.x, made.threshold), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_weights_are_equal_contiguous_apart_and_aligned(case, dtype):
+    made = case(333, 1001, dtype, 0.5)
+    packed = cpu.pack([*made.weights, torch.arange(3.0), made.weights[0].T])
+    for found, given_ in zip(packed, (*made.weights, torch.arange(3.0), made.weights[0].T), strict=True):
+        assert torch.equal(found, given_)
+        assert found.dtype == given_.dtype
+        assert found.is_contiguous()
+        assert found.data_ptr() % 64 == 0
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in packed)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    expected = cpu.NativeFFN(*made.weights).ffn(made.x, made.threshold)
+    assert torch.equal(cpu.NativeFFN(*packed[:3]).ffn(made.x, made.threshold), expected)
+    assert cpu.pack([]) == []
 
 
 def good() -> list[torch.Tensor]:

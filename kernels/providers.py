@@ -1,0 +1,128 @@
+"""Who computes a kernel in a benchmark: dense torch, our own dense kernels, our sparse ones. One interface for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import cpu
+
+PROVIDERS = ("torch", "native_dense", "native")
+
+
+@dataclass(frozen=True, eq=False)
+class FFNWeights:
+    """One gated FFN: contiguous ``[F, D]`` each (down transposed), all float32 or all bfloat16, on the CPU."""
+
+    w_gate: Tensor
+    w_up: Tensor
+    w_down_t: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.w_gate, self.w_up, self.w_down_t
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """The inputs of one call: x ``[tokens, D]``, s and x1 ``[tokens, F]``; the same numbers for every provider."""
+
+    x: Tensor
+    s: Tensor
+    x1: Tensor
+
+    def to(self, dtype: torch.dtype) -> Vectors:
+        return Vectors(self.x.to(dtype), self.s.to(dtype), self.x1.to(dtype))
+
+
+class Provider(Protocol):
+    """The four kernels. ``dtype`` is that of the vectors it takes; ``out`` may be ignored."""
+
+    dtype: torch.dtype
+
+    def gate(self, v: Vectors, out: Tensor | None = None) -> Tensor: ...
+    def s2(self, v: Vectors, out: Tensor | None = None) -> Tensor: ...
+    def s3(self, v: Vectors, out: Tensor | None = None) -> Tensor: ...
+    def ffn(self, v: Vectors, out: Tensor | None = None) -> Tensor: ...
+
+
+class DenseTorch:
+    """Dense torch as a model runs it: nn.Linear's layouts, every result in the weights' dtype."""
+
+    def __init__(self, weights: FFNWeights, threshold: float) -> None:
+        self.w_gate, self.w_up, self.threshold = weights.w_gate, weights.w_up, threshold
+        self.w_down = weights.w_down_t.t().contiguous()
+        self.dtype = weights.w_gate.dtype
+
+    def gate(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        gate = F.linear(v.x, self.w_gate)
+        return F.relu(gate) if self.threshold == 0.0 else torch.where(gate >= self.threshold, gate, 0.0)
+
+    def s2(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return v.s * F.linear(v.x, self.w_up)
+
+    def s3(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return F.linear(v.x1, self.w_down)
+
+    def ffn(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return F.linear(self.gate(v) * F.linear(v.x, self.w_up), self.w_down)
+
+
+class Native:
+    """Our own kernels; ``skip_dead=False`` is our own dense baseline."""
+
+    dtype = torch.float32
+
+    def __init__(self, weights: FFNWeights, threshold: float, threads: int, *, skip_dead: bool) -> None:
+        self.kernels = cpu.NativeFFN(*weights.tensors, threads, skip_dead=skip_dead)
+        self.threshold = threshold
+
+    def gate(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return self.kernels.gate(v.x, self.threshold, out)
+
+    def s2(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return self.kernels.s2(v.s, v.x, out)
+
+    def s3(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return self.kernels.s3(v.x1, out)
+
+    def ffn(self, v: Vectors, out: Tensor | None = None) -> Tensor:
+        return self.kernels.ffn(v.x, self.threshold, out)
+
+
+def make_providers(weights: FFNWeights, threshold: float, threads: int) -> dict[str, Provider]:
+    """Every provider this machine can have, by name."""
+    providers: dict[str, Provider] = {"torch": DenseTorch(weights, threshold)}
+    if cpu.available():
+        providers["native_dense"] = Native(weights, threshold, threads, skip_dead=False)
+        providers["native"] = Native(weights, threshold, threads, skip_dead=True)
+    return providers
+
+
+def random_case(
+    d_model: int, d_ff: int, sparsity: float, dtype: torch.dtype, seed: int = 0, *, tokens: int = 8
+) -> tuple[FFNWeights, Tensor, float]:
+    """A synthetic layer, its inputs ``[tokens, D]`` and the threshold that kills that share of its neurons.
+
+    The share is met over all tokens together, single tokens scatter around it. Every gate is positive, so any share
+    from 0 to 1 can be cut by a threshold, and the threshold lies midway between two gates.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, d_model, generator=generator)
+    x[:, 0] = 1.0
+    w_gate, w_up, w_down_t = (torch.randn(d_ff, d_model, generator=generator) / d_model**0.5 for _ in range(3))
+    w_gate[:, 0] += 8.0
+    weights = FFNWeights(w_gate.to(dtype), w_up.to(dtype), w_down_t.to(dtype))
+    gates = (x.double() @ weights.w_gate.double().T).flatten().sort().values
+    num_dead = round(sparsity * gates.numel())
+    if num_dead == 0:
+        threshold = float(gates[0]) / 2
+    elif num_dead == gates.numel():
+        threshold = float(gates[-1]) * 2
+    else:
+        threshold = float(gates[num_dead - 1] + gates[num_dead]) / 2
+    return weights, x, threshold
