@@ -17,7 +17,9 @@ def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Pat
     """Write a randomly initialised model of ``model_type`` and a byte-level BPE tokenizer trained on Python source."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = train_tokenizer(int(config.get("vocab_size", 1024)))
     settings = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -63,7 +63,7 @@ class Model(Section):
 class Source(Section):
     """One corpus of the mixture."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: Literal["python-code", "package-docs", "code-instructions", "hub", "files"]
     weight: float = Field(ge=0)
     max_tokens: int = Field(default=400_000, gt=0)
@@ -111,8 +111,8 @@ class Data(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two sources have the same name: {', '.join(twice)}")
-        if "mixed" in names:
-            raise ValueError("a source cannot be named 'mixed': that is the name of all of them together")
+        for reserved in {"mixed", "choices"} & set(names):
+            raise ValueError(f"a source cannot be named {reserved!r}: that name is taken in files and tables")
         if sum(s.weight for s in sources) <= 0:
             raise ValueError("the weights of all sources are 0")
         return sources

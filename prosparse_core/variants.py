@@ -91,7 +91,9 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     check_folder(folder)
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.to(device).eval(), load_tokenizer(folder)
 

@@ -105,7 +105,9 @@ def _build(work: Work, model: Model, seed: int) -> None:
 def _from_pretrained(model: Model, target: Path, work: Work) -> None:
     """A hub id or a local folder, saved again as safetensors in the dtype it comes in."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     source = str(Path(model.source).expanduser()) if Path(model.source).expanduser().is_dir() else model.source
     try:
         config = AutoConfig.from_pretrained(source, revision=model.revision)

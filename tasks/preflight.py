@@ -17,11 +17,11 @@ def check(recipe: Recipe, home: Path) -> None:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files.
         EnvironmentProblem: a missing package, too little room in the store.
     """
-    from prosparse_core.sources import source_identity
+    from prosparse_core.sources import check_source
 
     base_model.identity(recipe.model)
     for source in recipe.data.sources:
-        source_identity(source)
+        check_source(source)
     shape = shape_of(recipe.model)
     if shape is not None and not (home / "store" / "export").is_dir():
         require_space(home, disk_bytes(recipe, shape), f"a run of {recipe.name}")
