@@ -265,7 +265,8 @@ def _time(
         spent = time.monotonic() - began
         over = turn + 1 >= MIN_ROUNDS and spent >= budget_s
         if progress is not None:
-            progress(repeats if over else max(turn + 1.0, repeats * min(spent / max(budget_s, 1e-9), 1.0)), repeats)
+            by_time = repeats * min(spent / max(budget_s, 1e-9), 0.99)
+            progress(repeats if over else max(turn + 1.0, by_time), repeats)
         if over:
             return
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import cpu, reference
+from kernels import build, cpu, reference
 
 SHAPES = [(1, 1), (37, 65), (333, 1001), (576, 1536)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -89,6 +89,26 @@ def test_any_shape_any_threads_any_share(case, d_model, d_ff, dtype, sparsity, n
     made = case(d_model, d_ff, dtype, sparsity, tokens, seed)
     ffn = cpu.NativeFFN(*made.weights, num_threads, skip_dead=skip_dead)
     check_against_reference(ffn, made.x, made.threshold)
+
+
+@pytest.mark.parametrize(("flags", "vector_bits"), [((), 128), (("-mavx2", "-mfma"), 256)], ids=["baseline", "avx2"])
+def test_other_instruction_sets_agree_too(case, error, tmp_path, monkeypatch, flags, vector_bits):
+    if flags and not {"avx2", "fma"} <= set(build.cpu_identity().split()):
+        pytest.skip("this CPU has no AVX2")
+    path = tmp_path / "other.so"
+    failure = build._compile(build.find_compiler(), ("-O1", "-fopenmp", *flags), tmp_path / "temporary.so", path)
+    if failure:
+        pytest.skip(f"this compiler takes no {flags} with OpenMP: {failure}")
+    library = cpu.NativeLibrary(build.Build(path, "other", flags))
+    monkeypatch.setattr(cpu, "_library", library)
+    assert library.vector_bits == vector_bits
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            for num_threads, skip_dead in ((1, True), (2, True), (1, False)):
+                made = case(*shape, dtype, 0.7)
+                ffn = cpu.NativeFFN(*made.weights, num_threads, skip_dead=skip_dead)
+                for found, truth in check_against_reference(ffn, made.x, made.threshold):
+                    assert error(found, truth) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
