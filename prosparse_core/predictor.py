@@ -26,12 +26,19 @@ EVALUATE_BATCH = 1024
 
 
 class LayerPredictor(nn.Module):
-    """``fc2(relu(fc1(x)))``: logits of a neuron being active. fc1 is [hidden, d_model], fc2 is [d_ff, hidden]."""
+    """``fc2(relu(fc1(x)))``: logits of a neuron being active. fc1 is [hidden, d_model], fc2 is [d_ff, hidden].
 
-    def __init__(self, d_model: int, d_ff: int, hidden: int) -> None:
+    ``generator`` decides the first weights, uniform in +-1/sqrt(inputs); the global random state is left alone.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, hidden: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(d_model, hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, d_ff, bias=False)
+        generator = generator or torch.Generator()
+        self.fc1 = nn.utils.skip_init(nn.Linear, d_model, hidden, bias=False)
+        self.fc2 = nn.utils.skip_init(nn.Linear, hidden, d_ff, bias=False)
+        for linear in (self.fc1, self.fc2):
+            bound = linear.in_features**-0.5
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
 
     @property
     def hidden(self) -> int:
@@ -86,11 +93,7 @@ def train(
         on_epoch: called with the number of finished epochs and the mean loss of the last one.
     """
     generator = torch.Generator().manual_seed(_layer_seed(seed, recording.layer))
-    predictor = LayerPredictor(recording.inputs.shape[1], recording.d_ff, hidden)
-    for linear in (predictor.fc1, predictor.fc2):
-        bound = linear.in_features**-0.5
-        nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-    predictor.to(device)
+    predictor = LayerPredictor(recording.inputs.shape[1], recording.d_ff, hidden, generator).to(device)
     negative_weight = 1.0 - recording.sparsity + DENSITY_OFFSET
     rms = _rms(recording.inputs)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
