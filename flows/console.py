@@ -241,27 +241,18 @@ def tokens(count: int) -> str:
 def print_result(result: summary.Result) -> None:
     """The closing table of a run and the lines below it."""
     if result.settings:
-        columns = [
-            "setting",
-            *(f"ppl {c}" for c in result.corpora),
-            *(f"sparsity {c}" for c in result.corpora),
-            "accuracy",
-            "threshold",
-        ]
+        columns = ["setting", *result.corpora, "accuracy", "threshold"]
         rows = [
-            [
-                s.setting,
-                *(s.perplexity.get(c) for c in result.corpora),
-                *(_pct(s.sparsity.get(c)) for c in result.corpora),
-                _pct(s.accuracy),
-                s.threshold,
-            ]
-            for s in result.settings
+            [s.setting, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold] for s in result.settings
         ]
-        table(columns, rows, title=f"{result.recipe} · token perplexity and sparsity on held-out files")
+        table(columns, rows, title=f"{result.recipe} · held-out files: token perplexity, sparsity")
     for line in result.lines:
         out.print(escape(line))
 
 
 def _pct(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
+
+
+def _both(setting: summary.SettingResult, corpus: str) -> str:
+    return f"{show(setting.perplexity.get(corpus))}  {_pct(setting.sparsity.get(corpus)) or 'n/a'}"

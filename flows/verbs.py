@@ -41,11 +41,14 @@ def _run_with_prefect(arguments: argparse.Namespace) -> str:
     from flows import service
 
     os.environ.update(service.environment(home_folder()))
+    from prefect import tags
+
     from flows.full import prosparse
 
-    return prosparse(
-        recipe=arguments.recipe, overrides=arguments.overrides, force=arguments.force, until=arguments.until
-    )
+    with tags(service.process_tag()):  # lets `recover` tell whether the process of a run still lives
+        return prosparse(
+            recipe=arguments.recipe, overrides=arguments.overrides, force=arguments.force, until=arguments.until
+        )
 
 
 def verb_plan(arguments: argparse.Namespace) -> int:
@@ -127,13 +130,13 @@ def verb_query(arguments: argparse.Namespace) -> int:
 def verb_up(arguments: argparse.Namespace) -> int:
     from flows import service
 
-    return _print_status(arguments, service.up(home_folder()))
+    return _print_status(arguments, service.up(home_folder(), progress=console.say))
 
 
 def verb_down(arguments: argparse.Namespace) -> int:
     from flows import service
 
-    return _print_status(arguments, service.down(home_folder()))
+    return _print_status(arguments, service.down(home_folder(), progress=console.say))
 
 
 def verb_status(arguments: argparse.Namespace) -> int:

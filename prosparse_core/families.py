@@ -36,7 +36,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="llama",
-        model_types=("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"),
+        model_types=("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma"),
         layers="model.layers",
         ffn="mlp",
         gate="gate_proj",
@@ -46,8 +46,8 @@ FAMILIES: tuple[Family, ...] = (
         config_key="hidden_act",
     ),
     Family(
-        name="gemma",
-        model_types=("gemma", "gemma2"),
+        name="gemma2",
+        model_types=("gemma2",),
         layers="model.layers",
         ffn="mlp",
         gate="gate_proj",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from models import tiny, tokens
+from transformers import AutoModelForCausalLM
 
 from prosparse_core.activations import FATReLU, ReLU
 from prosparse_core.errors import BadInput
@@ -46,12 +49,14 @@ def test_x1_is_act_of_gate_times_up(model_type: str) -> None:
     assert torch.allclose(seen["x1"], expected, atol=1e-6)
 
 
-def test_relu_is_written_into_the_config() -> None:
-    llama, gemma = tiny("llama"), tiny("gemma2")
-    use_relu(llama)
-    use_relu(gemma)
-    assert llama.config.hidden_act == "relu"
-    assert gemma.config.hidden_activation == "relu"
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_saved_relu_model_runs_relu_after_a_plain_reload(model_type: str, tmp_path: Path) -> None:
+    model, x = tiny(model_type), tokens()
+    use_relu(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=x).logits, model(input_ids=x).logits)
 
 
 def test_thresholds_per_layer() -> None:
