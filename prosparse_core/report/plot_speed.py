@@ -1,0 +1,164 @@
+"""The plot of the speed-ups: bars with their spread and the limit their sparsity sets, beside the conditions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prosparse_core.report.data import Record, ReportData
+from prosparse_core.report.format import NA, clip, is_number, number, pct, ratio
+from prosparse_core.report.plot import Plot
+from prosparse_core.report.sheet import FONT, GRID, INK, MUTED, PAPER, SERIES, SMALL, WARN, Sheet
+from prosparse_core.report.speed_rows import bars, baseline_name, kernel_name, own_conditions, shared_conditions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def speed(data: ReportData) -> Plot:
+    """Speed-up of every sparse kernel over each dense baseline, with its spread and its limit."""
+    rows, more = bars(data)
+    kernels = list(dict.fromkeys(r["kernel"] for r in rows))
+
+    def paint(width: int) -> Sheet:
+        row_px, head_px = 40, 34
+        height = 34 + head_px * len(kernels) + row_px * len(rows) + 40
+        sheet = Sheet(width, height)
+        ax = sheet.axes(0, 30, width - 46, height - 70)
+        ax.set_xlim(0, _reach(rows))
+        ax.set_ylim(height - 70, 0)
+        ax.spines["left"].set_visible(False)
+        ax.set_yticks([])
+        ax.grid(axis="x")
+        ax.set_xlabel("times as fast as the baseline")
+        ax.axvline(1, color=INK, linewidth=1.2)
+        ax.annotate(
+            "1 = baseline",
+            (1, 1),
+            (3, 2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=SMALL,
+            color=MUTED,
+        )
+        y = 4.0
+        for kernel in kernels:
+            _text(ax, 0, y + head_px / 2, kernel_name(kernel), fontsize=FONT, fontweight="bold")
+            y += head_px
+            for row in rows:
+                if row["kernel"] == kernel:
+                    label = ", ".join([_against(row), *own_conditions(row, rows)])
+                    _text(ax, 0, y + 2, clip(label, (width - 46) // 7), color=MUTED)
+                    _bar(ax, y + 20, row)
+                    y += row_px
+        return sheet
+
+    conditions = "; ".join(shared_conditions(rows))
+    sparsities = [r["sparsity"] for r in rows if is_number(r["sparsity"])]
+    zeros = " to ".join(dict.fromkeys(pct(f(sparsities)) for f in (min, max))) if sparsities else NA
+    aid = (
+        "A bar is the ratio of median times, its whisker runs from the 20th percentile of the baseline over the 80th of "
+        "the kernel to the reverse, and the diamond is what the sparsity alone allows, were time proportional to the weights read: "
+        "a bar beyond it also reads them faster than its baseline does."
+    )
+    remarks = [f"Conditions: {conditions}; zeros in the mask: {zeros}."] if rows else []
+    if more > 0:
+        remarks.append(f"{more} more comparisons are in the table below or in the ledger.")
+    return Plot(
+        "speed",
+        "Speed-up",
+        aid,
+        _alt(rows),
+        data.sql["speedups"],
+        rows,
+        paint if rows else None,
+        _why(data),
+        remarks,
+    )
+
+
+def _why(data: ReportData) -> str:
+    if data["timings"]:
+        return "no kernel was timed beside a dense baseline under the same conditions"
+    return data.why_missing("speed")
+
+
+def _against(row: Record) -> str:
+    baseline = row.get("baseline")
+    return f"{row['provider']} over {baseline_name(baseline)}" if baseline else str(row["provider"])
+
+
+def _reach(rows: list[Record]) -> float:
+    """The end of the axis: room for the longest whisker, and for limits as far as they do not dwarf the bars."""
+    tops = [r["speedup_high"] or r["speedup"] for r in rows if r["state"] == "passed"]
+    top = max([*tops, 1.25])
+    limits = [r["limit_speedup"] for r in rows if r["state"] == "passed" and is_number(r["limit_speedup"])]
+    return max([top * 1.22, *(1.08 * limit for limit in limits if limit <= 2 * top)])
+
+
+def _text(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
+    behind = {"facecolor": PAPER, "linewidth": 0, "pad": 1.0}
+    ax.text(x, y, text, **{"va": "center", "ha": "left", "fontsize": SMALL, "bbox": behind, "zorder": 6, **style})
+
+
+def _bar(ax: Axes, y: float, row: Record) -> None:
+    if row["state"] != "passed":
+        error = f" (relative error {number(row['rel_err'], 2)})" if is_number(row["rel_err"]) else ""
+        said = "correctness was not checked" if row["state"] == "unchecked" else f"failed its correctness check{error}"
+        _text(ax, 0, y, f"✕  {said}: no speed-up", color=WARN, fontweight="bold")
+        return
+    color = SERIES[0] if row["baseline"] == "torch" else SERIES[2]
+    ax.barh(y, row["speedup"], height=13, color=color, linewidth=0)
+    low, high = row["speedup_low"], row["speedup_high"]
+    end = row["speedup"]
+    if is_number(low) and is_number(high):
+        ax.plot([low, high], [y, y], color=PAPER, linewidth=3.6, marker="|", markersize=9, markeredgewidth=3.6)
+        ax.plot([low, high], [y, y], color=INK, linewidth=1.3, marker="|", markersize=7, markeredgewidth=1.3)
+        end = max(end, high)
+    reach = ax.get_xlim()[1]
+    limit = row["limit_speedup"]
+    said = f"limit {ratio(limit)}" if is_number(limit) else "no limit given"
+    if is_number(limit) and limit <= reach:
+        ax.plot(
+            [limit], [y], marker="D", markersize=7, color=SERIES[1], markeredgecolor=GRID, markeredgewidth=0.8, zorder=5
+        )
+        end = max(end, limit) if limit - end < 0.16 * reach else end
+    elif is_number(limit):
+        ax.annotate(
+            "",
+            (reach, y),
+            (reach * 0.955, y),
+            arrowprops={"arrowstyle": "-|>", "color": SERIES[1], "linewidth": 1.4},
+        )
+    _say(ax, y, end, ratio(row["speedup"]), said)
+
+
+def _say(ax: Axes, y: float, end: float, value: str, limit: str) -> None:
+    """The numbers behind the bar, or above its end where there is no room behind it."""
+    reach, width = ax.get_xlim()[1], ax.bbox.width
+    value_px, limit_px = 7.4 * len(value) + 6, 6.6 * len(limit)
+    x, dy = 9 + width * end / reach, 0
+    if x + value_px + limit_px > width + 44:
+        x, dy = width + 44 - value_px - limit_px, -13
+    for text, at, weight, color in ((value, x, "bold", INK), (limit, x + value_px, "normal", MUTED)):
+        ax.annotate(
+            text,
+            (0, y),
+            (at, dy),
+            textcoords="offset points",
+            ha="left",
+            va="center",
+            fontsize=SMALL,
+            fontweight=weight,
+            color=color,
+        )
+
+
+def _alt(rows: list[Record]) -> str:
+    parts = []
+    for row in rows:
+        if row["state"] == "passed":
+            limit = f", limit {ratio(row['limit_speedup'])}" if is_number(row["limit_speedup"]) else ""
+            parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {ratio(row['speedup'])}{limit}")
+        else:
+            parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {row['state']}, no bar")
+    return "Bar chart. " + "; ".join(parts) + "." if parts else ""

@@ -1,0 +1,191 @@
+"""The plot of the threshold curve: what each FATReLU threshold costs and what it brings (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from prosparse_core.report.data import MIXED, Record, ReportData
+from prosparse_core.report.format import clip, is_number, number, pct, plain
+from prosparse_core.report.plot import Plot
+from prosparse_core.report.sheet import INK, MARKERS, MUTED, SERIES, SMALL, Box, Sheet, grid, legend
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def tradeoff(data: ReportData) -> Plot:
+    """Perplexity against sparsity along the threshold curve: in absolute terms, and as a rise with its budget."""
+    rows = _one_curve(data["tradeoff"])
+    usable = [r for r in rows if is_number(r["sparsity"]) and is_number(r["perplexity"])]
+    corpora = [c for c in data.corpora if any(r["corpus"] == c for r in usable)]
+    if len(corpora) != 1 and any(r["corpus"] == MIXED for r in usable):
+        corpora.append(MIXED)
+    budget = _budget(data)
+    chosen = next((r for r in usable if r["chosen"] and r["corpus"] == corpora[-1]), None)
+
+    def paint(width: int) -> Sheet:
+        legend_rows = math.ceil(len(corpora) / (1 if width < 600 else 4))
+        begin = 20 * legend_rows + 34
+        tall = 300
+        sheet = Sheet(width, begin + tall + 48 if width >= 600 else begin + 2 * (tall + 78) - 30)
+        if sheet.is_narrow:
+            boxes = [Box(46, begin, width - 54, tall), Box(46, begin + tall + 78, width - 54, tall)]
+        else:
+            half = (width - 2 * 46 - 44) / 2
+            boxes = [Box(46, begin, half, tall), Box(46 + half + 86, begin, half, tall)]
+        knee = 2 * (budget or 1.0)
+        rises = [r["perplexity_increase_pct"] for r in usable if is_number(r["perplexity_increase_pct"])]
+        is_steep = max(rises, default=0.0) > 10 * knee
+        titles = (
+            "Perplexity (log scale)",
+            f"Rise over t = 0 (%{f', log scale above {plain(knee)}' if is_steep else ''})",
+        )
+        for box, title, column in zip(boxes, titles, ("perplexity", "perplexity_increase_pct"), strict=True):
+            ax = sheet.axes(*box, title="")
+            sheet.title(box.left - 46, box.top - 14, title)
+            grid(ax)
+            _curves(ax, corpora, usable, column)
+            if column == "perplexity":
+                _log_axis(ax, [r[column] for r in usable])
+            else:
+                _rise_axis(ax, budget, knee if is_steep else None)
+            named = [r for r in usable if r["corpus"] == corpora[-1] and is_number(r[column])]
+            _name_thresholds(ax, [r for r in named if column != "perplexity" or r["chosen"]], column)
+            ax.set_xlabel("sparsity (%)")
+            if column == "perplexity":
+                legend(ax, sheet, 0, 1 if sheet.is_narrow else min(4, len(corpora)))
+        return sheet
+
+    said = f" with the budget of +{plain(budget)} % as a dashed line" if budget is not None else ""
+    aid = (
+        "Along each line the threshold t rises from left to right; further right is sparser, higher is worse, "
+        "and the ringed points are the threshold that was chosen for all layers."
+    )
+    alt = f"Two line charts for {', '.join(corpora)}{said}. " if corpora else ""
+    if chosen:
+        alt += (
+            f"Chosen: t = {plain(chosen['threshold'])}, sparsity {pct(chosen['sparsity'])}, "
+            f"perplexity {number(chosen['perplexity'])} on {corpora[-1]}."
+        )
+    return Plot(
+        "tradeoff",
+        "Threshold trade-off",
+        aid,
+        alt,
+        data.sql["tradeoff"],
+        rows,
+        paint if usable else None,
+        data.why_missing("calibrate"),
+        [] if chosen or not usable else ["No threshold of this curve is marked as chosen."],
+    )
+
+
+def _one_curve(rows: list[Record]) -> list[Record]:
+    """The rows of the last setting and rule, should a run have calibrated several."""
+    if not rows:
+        return []
+    last = (rows[-1]["setting"], rows[-1]["rule"], rows[-1]["scope"])
+    return [r for r in rows if (r["setting"], r["rule"], r["scope"]) == last]
+
+
+def _budget(data: ReportData) -> float | None:
+    """The rise of perplexity that was allowed, in per cent: as calibration noted it, else as the recipe has it."""
+    metas = [s["meta"] for s in data.steps_of("calibrate") if isinstance(s["meta"], dict)]
+    section = data.recipe.get("calibrate")
+    for source in (*metas, section if isinstance(section, dict) else {}):
+        if is_number(source.get("max_ppl_increase_pct")):
+            return float(source["max_ppl_increase_pct"])
+    return None
+
+
+def _curves(ax: Axes, corpora: list[str], rows: list[Record], column: str) -> None:
+    for i, corpus in enumerate(corpora):
+        points = [r for r in rows if r["corpus"] == corpus and is_number(r[column])]
+        points.sort(key=lambda r: r["threshold"])
+        mixed = corpus == MIXED
+        color = INK if mixed else SERIES[i % len(SERIES)]
+        x, y = [100 * r["sparsity"] for r in points], [r[column] for r in points]
+        label = "all corpora together" if mixed else clip(corpus, 32)
+        ax.plot(
+            x,
+            y,
+            color=color,
+            marker=MARKERS[i % len(MARKERS)],
+            linewidth=2.2 if mixed else 1.3,
+            label=label,
+            zorder=4 if mixed else 3,
+        )
+        ringed = [(a, b) for a, b, r in zip(x, y, points, strict=True) if r["chosen"]]
+        if ringed:
+            a, b = zip(*ringed, strict=True)
+            ax.plot(
+                a,
+                b,
+                linestyle="none",
+                marker="o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=color,
+                markeredgewidth=1.6,
+                zorder=5,
+            )
+
+
+def _log_axis(ax: Axes, values: list[float]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if min(values) > 0:
+        ax.set_yscale("log")
+        marks = (1, 1.5, 2, 3, 4, 5, 6, 8) if max(values) < 8 * min(values) else (1, 2, 5)
+        ax.yaxis.set_major_locator(LogLocator(10, subs=marks, numticks=12))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
+
+
+def _rise_axis(ax: Axes, budget: float | None, knee: float | None) -> None:
+    """Linear where the decision falls, logarithmic above the knee where there is one; the budget as a dashed line."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    if knee is not None:
+        ax.set_yscale("symlog", linthresh=knee, linscale=1.2)
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
+    if budget is not None:
+        ax.axhline(budget, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.0, zorder=2)
+        ax.annotate(
+            f"budget +{plain(budget)} %",
+            (0, budget),
+            (3, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=SMALL,
+            color=MUTED,
+            ha="left",
+            va="bottom",
+        )
+
+
+def _name_thresholds(ax: Axes, rows: list[Record], column: str) -> None:
+    """t beside the points of the last line, as many as fit; the chosen one always."""
+    rows = sorted(rows, key=lambda r: r["threshold"])
+    ax.margins(x=0.09, y=0.09)
+    ax.autoscale_view()
+    spots = [ax.transData.transform((100 * r["sparsity"], r[column])) for r in rows]
+    order = sorted(range(len(rows)), key=lambda i: (not rows[i]["chosen"], i not in (0, len(rows) - 1), i))
+    taken: list[Any] = []
+    for i in order:
+        if all(abs(spots[i][0] - t[0]) > 44 or abs(spots[i][1] - t[1]) > 15 for t in taken):
+            taken.append(spots[i])
+            weight = "bold" if rows[i]["chosen"] else "normal"
+            ax.annotate(
+                ("t = " if rows[i]["chosen"] else "") + plain(rows[i]["threshold"]),
+                (100 * rows[i]["sparsity"], rows[i][column]),
+                (-6, 8),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                fontsize=SMALL,
+                zorder=6,
+                fontweight=weight,
+            )
