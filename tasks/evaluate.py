@@ -13,7 +13,7 @@ from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import Variant
-from tasks.evaluate_scoring import make_scorer, quiet, run_task
+from tasks.evaluate_scoring import evaluating, make_scorer, quiet, run_task
 from tasks.evaluate_tasks import (
     CHOICES_TASK,
     NO_CHOICES,
@@ -191,19 +191,16 @@ def measure_held_out(
     max_length = max_length or max(MIN_LENGTH, held_out.seq_len)
     max_length = min(max_length, context) if context else max_length
     encoder = Encoder(tokenizer)
-    is_training = model.training
     sizes = held_out.sizes(limit)
     scores: list[Score] = []
     layers: dict[str, list[LayerSparsity]] = {}
     raw: dict[str, dict[str, Any]] = {}
-    with quiet():
+    with quiet(), evaluating(model):
         scorer = make_scorer(model, tokenizer, precision=precision, batch_size=batch_size, max_length=max_length)
 
         def run(spec: dict[str, Any], number: int) -> dict[str, Any]:
             before, name = sum(sizes[:number]), spec["task"]
-            scorer.on_progress = lambda share: progress.update(
-                before + share * sizes[number], sum(sizes), task=name
-            )
+            scorer.on_progress = lambda share: progress.update(before + share * sizes[number], sum(sizes), task=name)
             return run_task(scorer, spec, limit, raw)
 
         about = f"prefix {scorer.prefix} ({scorer.prefix_kind}), windows of {max_length} tokens"
@@ -213,8 +210,10 @@ def measure_held_out(
                 scorer.meter, scorer.ends_prompt_as_written = meter, True
                 results = run(corpus_task(corpus, rows, contexts, scorer.num_scored), number)
                 scorer.meter, scorer.ends_prompt_as_written = None, False
+                samples = results["samples"][corpus]
+                if not any(sample["token_perplexity"][1] for sample in samples):
+                    raise BadInput(f"corpus {corpus!r}: the tokenizer makes not one token of its documents")
                 layers[corpus] = meter.layers()
-            samples = results["samples"][corpus]
             note = f"stderr by the delta method over {len(samples)} documents; {about}"
             note += "; loss on the answers only" if contexts[0] is not None else ""
             scores += corpus_scores(corpus, samples, partial=len(samples) < len(rows), note=note)
@@ -223,7 +222,6 @@ def measure_held_out(
             scores += choice_scores(results, partial=results["sample_len"] < len(held_out.choices), note=about)
         elif held_out.choices is not None:
             scores.append(Score("acc", None, None, 0, True, task=CHOICES_TASK, headline=True, note=NO_CHOICES))
-    model.train(is_training)
     conditions = {
         "precision": precision,
         "batch_size": batch_size,

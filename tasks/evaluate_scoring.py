@@ -129,7 +129,8 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
             pieces = [(i, w) for i, (_, c, k) in enumerate(requests) for w in windows(c, k, self.max_length)]
             pieces.sort(key=lambda piece: -len(piece[1].inputs))
-            totals, greedy, done = [0.0] * len(requests), [True] * len(requests), 0
+            totals, greedy = [0.0] * len(requests), [True] * len(requests)
+            done, all_inputs = 0, sum(len(w.inputs) for _, w in pieces)
             for at in range(0, len(pieces), batch_size):
                 batch = pieces[at : at + batch_size]
                 found = score_windows(model, [w for _, w in batch], precision, self.meter)
@@ -137,7 +138,7 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
                     totals[owner] += loglikelihood
                     greedy[owner] &= is_greedy
                     done += len(window.inputs)
-                self.on_progress(done / sum(len(w.inputs) for _, w in pieces))
+                self.on_progress(done / all_inputs)
             for request, _, continuation in requests:
                 self.num_scored[tuple(request)] = len(continuation)
             if not all(map(math.isfinite, totals)):
@@ -145,6 +146,17 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             return list(zip(totals, greedy, strict=True))
 
     return Scorer()
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it came in."""
+    is_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(is_training)
 
 
 @contextlib.contextmanager

@@ -130,9 +130,9 @@ def _document(row: Any) -> dict[str, Any]:
 
 def _question(row: Any) -> dict[str, Any]:
     question, choices, answer = row["question"], row["choices"], row["answer"]
-    if not isinstance(question, str) or not question:
+    if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a string that is not empty, not {question!r}")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError("choices must be two or more strings that are not empty")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"answer={answer!r} is no place in the {len(choices)} choices")
@@ -168,9 +168,7 @@ def corpus_task(
         "doc_to_text": "context" if is_conditional else "",
         "doc_to_target": "text",
         "process_results": process_results,
-        "metric_list": [
-            {"metric": m, "aggregation": _aggregation(m), "higher_is_better": False} for m in DENOMINATORS
-        ],
+        "metric_list": [{"metric": m, "aggregation": _aggregation(m), "higher_is_better": False} for m in DENOMINATORS],
     }
 
 
