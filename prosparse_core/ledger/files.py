@@ -148,13 +148,10 @@ class LedgerFiles:
             for path, only in sources:
                 if not path.exists():
                     continue
-                con.execute("BEGIN")
                 try:
                     self._carry_over(con, path, only)
-                    con.execute("COMMIT")
                     break
                 except duckdb.Error as error:
-                    con.execute("ROLLBACK")
                     log.warning(
                         "%s is not readable (%s): runs recorded only there are lost; it is kept as %s",
                         *(path, error, self._aside(path, "unreadable").name),

@@ -92,7 +92,7 @@ def read_all(con: DuckDBPyConnection) -> None:
 
 
 def carry_over(con: DuckDBPyConnection, old: Path, only: Iterable[str] | None = None) -> None:
-    """Add the rows of another ledger file to the open one, by column name.
+    """Add the rows of another ledger file to the open one, by column name, in one transaction.
 
     Args:
         only: these tables; None is every table except those the code itself fills.
@@ -102,6 +102,7 @@ def carry_over(con: DuckDBPyConnection, old: Path, only: Iterable[str] | None = 
     """
     con.execute(f"ATTACH {text_literal(old)} AS old (READ_ONLY)")
     try:
+        con.execute("BEGIN")
         wanted = [t for t in tables(con, "old") if t not in _CARRIED_BY_CODE and (only is None or t in only)]
         here = tables(con)
         for table in wanted:
@@ -111,6 +112,10 @@ def carry_over(con: DuckDBPyConnection, old: Path, only: Iterable[str] | None = 
                 raise _newer(old, f"{table} has {', '.join(unknown)}, which this one does not know")
             listed = ", ".join(f'"{name}"' for name in names)
             con.execute(f'INSERT INTO "{table}" ({listed}) SELECT {listed} FROM old."{table}"')
+        con.execute("COMMIT")
+    except BaseException:
+        con.execute("ROLLBACK")
+        raise
     finally:
         con.execute("DETACH old")
 

@@ -312,3 +312,37 @@ def build_home(path: Path) -> Home:
     )
     home.ledger.end_run(home.failed_run, "failed", "ProSparseError: stage 0, step 2: loss nan")
     return home
+
+
+def ask(source: Home | Ledger, sql: str) -> list[tuple[Any, ...]]:
+    """The rows of a query."""
+    return (source.ledger if isinstance(source, Home) else source).query(sql).rows
+
+
+_shared: list[Home] = []
+
+
+def shared_home(factory: Any) -> Home:
+    """The one filled home of a test session, for tests that only read; ``factory`` is pytest's tmp_path_factory."""
+    if not _shared:
+        _shared.append(build_home(factory.mktemp("shared") / "home"))
+    return _shared[0]
+
+
+VARIANT = {"table": "variants", "variant": "v", "model": "m", "setting": "prosparse"}
+SCORE = {"table": "evaluations", "variant": "v", "task": "piqa", "metric": "acc", "value": 0.5}
+
+
+def small_ledger(path: Path) -> Ledger:
+    """A ledger with one finished run of one evaluation with one score."""
+    ledger = Ledger(path)
+    start_run(ledger, "first")
+    record_step(ledger, "first", make_artifact(path, "evaluate", "e", [VARIANT, SCORE]))
+    ledger.end_run("first", "done")
+    return ledger
+
+
+def assert_whole(ledger: Ledger, *more: str) -> None:
+    """The run and the fact of :func:`small_ledger` are there, and the runs of ``more``."""
+    assert [row[0] for row in ask(ledger, "SELECT run_id FROM runs ORDER BY started_at")] == ["first", *more]
+    assert ask(ledger, "SELECT value, run_id FROM results") == [(0.5, "first")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +9,16 @@ from typing import Any
 
 import pytest
 from ledger_fixture import (
-    CHOSEN,
     CORPORA,
     MODEL,
     NUM_LAYERS,
     THRESHOLDS,
     Home,
-    build_home,
+    ask,
     evaluation_facts,
     make_artifact,
     record_step,
-    speed_facts,
+    shared_home,
     start_run,
     variant_fact,
 )
@@ -39,11 +36,7 @@ RESULTS = "run_id recipe model setting variant kind name corpus_or_task value un
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return build_home(tmp_path_factory.mktemp("home"))
-
-
-def ask(home: Home | Ledger, sql: str) -> list[tuple[Any, ...]]:
-    return (home.ledger if isinstance(home, Home) else home).query(sql).rows
+    return shared_home(tmp_path_factory)
 
 
 def test_importing_the_ledger_loads_neither_duckdb_nor_torch() -> None:
@@ -240,215 +233,6 @@ def test_not_measured_is_a_row_without_a_value_and_with_the_reason(home: Home) -
     assert ask(home, sql) == [(["gsm8k: no network, no local copy"], None)]
 
 
-def test_leaderboard(home: Home) -> None:
-    rows = home.ledger.query(f"FROM leaderboard WHERE run_id = '{home.first_run}' ORDER BY sparsity").records()
-    assert [row["setting"] for row in rows] == ["original", "prosparse_star", "prosparse"]
-    last = rows[-1]
-    assert last["recipe"] == last["model"] == MODEL
-    assert last["perplexity_by_corpus"] == {c: 7.1 + i for i, c in enumerate(CORPORA)}
-    tokens = [1000, 2000, 3000]
-    nats = sum(n * math.log(7.1 + i) for i, n in enumerate(tokens))
-    assert last["perplexity"] == pytest.approx(math.exp(nats / sum(tokens)), rel=1e-14)
-    assert last["sparsity"] == pytest.approx(0.84, abs=1e-12)
-    assert list(last["sparsity_by_corpus"]) == list(CORPORA)
-    assert last["threshold"] == CHOSEN
-    assert last["accuracy"] == pytest.approx((0.54 + 0.64) / 2)
-    assert (last["num_benchmarks"], last["partial"], last["commonsense"]) == (2, False, 0.54)
-    assert last["average"] is None, "four of the paper's seven columns are missing"
-    assert rows[0]["threshold"] is None
-    assert rows[1]["threshold"] == 0.0
-
-
-def test_leaderboard_shows_each_runs_own_measurement(home: Home) -> None:
-    sql = "SELECT run_id, perplexity_by_corpus['instruction'], partial FROM leaderboard WHERE setting = 'prosparse'"
-    assert sorted(ask(home, sql)) == [(home.first_run, 7.1, False), (home.second_run, 7.3, True)]
-
-
-def test_leaderboard_keeps_calibration_files_out(home: Home) -> None:
-    sql = "SELECT DISTINCT perplexity_by_corpus['python-code'] FROM leaderboard WHERE setting = 'original'"
-    assert ask(home, sql) == [(8.4,)], "5.5 was measured on the files thresholds are chosen on"
-
-
-def scores(home: Path, rows: list[dict[str, Any]], model: str = "Llama-2-7b-hf", setting: str = "prosparse") -> Ledger:
-    """A ledger with one run that measured ``rows`` of one variant."""
-    ledger = Ledger(home)
-    variant = {"table": "variants", "variant": "v", "model": model, "setting": setting}
-    facts = [{"table": "evaluations", "variant": "v", "higher_is_better": True, "n": 10, **row} for row in rows]
-    made = make_artifact(home, "evaluate", "e", [variant, *facts])
-    start_run(ledger, "r", model=model)
-    record_step(ledger, "r", made)
-    return ledger
-
-
-def test_benchmarks_group_as_the_paper_does(tmp_path: Path) -> None:
-    rows = [
-        {"task": "humaneval", "metric": "pass@1,create_test", "value": 0.2},
-        {"task": "mbpp", "metric": "pass_at_1,none", "value": 0.4},
-        {"task": "social_iqa", "metric": "acc,none", "value": 0.4},
-        {"task": "copa", "metric": "acc,none", "value": 0.8},
-        {"task": "boolq", "metric": "acc,none", "value": 0.6},
-        {"task": "lambada_openai", "metric": "acc,none", "value": 0.5},
-        {"task": "lambada_openai", "metric": "perplexity,none", "value": 9.0, "higher_is_better": False},
-        {"task": "tydiqa_goldp_en", "metric": "f1,none", "value": 0.3},
-        {"task": "tydiqa_goldp_ko", "metric": "f1,none", "value": 0.5},
-        {"task": "gsm8k", "metric": "exact_match,strict-match", "value": 0.10},
-        {"task": "gsm8k", "metric": "exact_match,flexible-extract", "value": 0.90},
-        {"task": "mmlu", "metric": "acc,none", "value": 0.45},
-        {"task": "mmlu_anatomy", "metric": "acc,none", "value": 0.99},
-        {"task": "mmlu_pro", "metric": "exact_match,custom-extract", "value": 0.01},
-        {"task": "bbh_fewshot_navigate", "metric": "exact_match,none", "value": 0.2},
-        {"task": "bbh_fewshot_snarks", "metric": "exact_match,none", "value": 0.4},
-        {"task": "agieval_en", "metric": "acc,none", "value": 0.25},
-        {"task": "agieval_sat_en", "metric": "acc,none", "value": 0.75},
-    ]
-    ledger = scores(tmp_path, rows)
-    [row] = ledger.query("FROM leaderboard").records()
-    expected = {
-        "code": 0.3,
-        "commonsense": 0.6,
-        "reading": 0.5,
-        "gsm8k": 0.1,
-        "mmlu": 0.45,
-        "bbh": 0.3,
-        "agieval": 0.25,
-    }
-    assert {name: row[name] for name in expected} == pytest.approx(expected)
-    assert row["average"] == pytest.approx(sum(expected.values()) / 7)
-    assert row["num_benchmarks"] == 12
-    sql = "SELECT metric, round(ours, 9), paper, round(gap, 9) FROM paper_gap WHERE run_id = 'r' AND metric IN "
-    rows_found = ask(ledger, sql + "('average_pct', 'humaneval_pct', 'gsm8k_pct') ORDER BY metric")
-    average = 100 * sum(expected.values()) / 7
-    assert rows_found == [
-        ("average_pct", pytest.approx(average), 38.46, pytest.approx(average - 38.46)),
-        ("gsm8k_pct", 10.0, 12.13, -2.13),
-        ("humaneval_pct", 20.0, 16.46, 3.54),
-    ]
-
-
-def test_a_headline_metric_stands_for_its_task(tmp_path: Path) -> None:
-    rows = [
-        {"task": "piqa", "metric": "acc", "value": 0.7},
-        {"task": "piqa", "metric": "acc_lowest_perplexity", "value": 0.6, "headline": True},
-        {"task": "other", "metric": "bleu", "value": 30.0},
-    ]
-    ledger = scores(tmp_path, rows)
-    assert ask(ledger, "SELECT benchmark, suite, metric, value FROM benchmarks") == [
-        ("piqa", "commonsense", "acc_lowest_perplexity", 0.6)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "paper"),
-    [
-        ("llama2-13b", "llama2-13b"),
-        ("meta-llama/Llama-2-7b-hf", "llama2-7b"),
-        ("openbmb/MiniCPM-1B-sft-bf16", "minicpm-1b"),
-        ("SmolLM2-135M", None),
-    ],
-)
-def test_paper_model(home: Home, name: str, paper: str | None) -> None:
-    assert ask(home, f"SELECT paper_model('{name}')") == [(paper,)]
-
-
-def test_paper_gap_of_a_model_the_paper_does_not_treat(home: Home) -> None:
-    sql = (
-        "SELECT ours, paper, gap, paper_model, source FROM paper_gap "
-        f"WHERE run_id = '{home.first_run}' AND setting = 'prosparse' AND metric = 'sparsity_pct'"
-    )
-    assert ask(home, sql) == [(pytest.approx(84.0), 89.32, None, "llama2-7b", "arXiv 2402.13516 Table 1")]
-    sql = "SELECT ours, gap FROM paper_gap WHERE run_id IS NULL AND model = 'llama2-13b' AND metric = 's2_us'"
-    assert set(ask(home, sql)) == {(None, None)}
-    sql = (
-        "SELECT ours, paper FROM paper_gap WHERE metric = 's2_speedup' AND setting = 'prosparse' AND run_id IS NOT NULL"
-    )
-    assert ask(home, sql) == [(4.0, 2.0)]
-
-
-def test_threshold_tradeoff(home: Home) -> None:
-    sql = (
-        "SELECT threshold, perplexity_increase_pct, sparsity_gain, chosen FROM threshold_tradeoff "
-        f"WHERE run_id = '{home.first_run}' AND corpus = 'mixed' ORDER BY threshold"
-    )
-    rows = ask(home, sql)
-    assert [row[0] for row in rows] == list(THRESHOLDS)
-    for threshold, increase, gain, chosen in rows:
-        assert increase == pytest.approx(100 * (math.exp(threshold**2) - 1), abs=1e-9)
-        assert gain == pytest.approx(0.8 * threshold)
-        assert chosen == (threshold == CHOSEN)
-
-
-def test_loss_curve(home: Home) -> None:
-    columns = "stage, step, l1_lambda, lm_loss, l1_term, loss"
-    rows = ask(home, f"SELECT {columns} FROM loss_curve WHERE run_id = '{home.first_run}' ORDER BY step")
-    assert [(row[0], row[1]) for row in rows] == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (2, 6), (2, 7), (2, 8)]
-    assert rows[-1][2] == pytest.approx(0.4)
-    assert all(loss == lm_loss + l1_term for *_, lm_loss, l1_term, loss in rows)
-
-
-def test_speedup_compares_only_like_with_like(home: Home) -> None:
-    rows = home.ledger.query("FROM speedup ORDER BY kernel").records()
-    assert [(row["kernel"], row["provider"], row["baseline"]) for row in rows] == [
-        ("s2", "cpu", "torch"),
-        ("s3", "cpu", "torch"),
-    ]
-    row = rows[0]
-    assert (row["speedup"], row["baseline_us"], row["p50_us"]) == (4.0, 200.0, 50.0)
-    assert (row["speedup_low"], row["speedup_high"]) == (190.0 / 55.0, 210.0 / 45.0)
-    assert (row["run_id"], row["model"], row["setting"]) == (home.first_run, MODEL, "prosparse")
-
-
-@pytest.mark.parametrize(
-    ("column", "other"),
-    [
-        ("threads", 2),
-        ("dtype", "bf16"),
-        ("d_ff", 1),
-        ("sparsity", 0.5),
-        ("timer", "event"),
-        ("num_tokens", 8),
-        ("mask_source", "random"),
-        ("cpu", "Other CPU"),
-        ("host", "other"),
-        ("cache", "cold"),
-        ("layer", 3),
-        ("device", "gpu"),
-    ],
-)
-def test_speedup_needs_every_condition_equal(tmp_path: Path, column: str, other: Any) -> None:
-    ledger = Ledger(tmp_path)
-    variant, *facts = speed_facts({"table": "variants", "variant": "v", "model": "m", "setting": "prosparse"})
-    two = [fact for fact in facts if fact["kernel"] == "s3" and fact["provider"] in ("torch", "cpu")]
-    two[1] = {**two[1], column: other}
-    ledger.record_artifact(make_artifact(tmp_path, "speed", "s", [variant, *two]).path)
-    assert ask(ledger, "SELECT count(*) FROM speed") == [(2,)]
-    assert ask(ledger, "FROM speedup") == []
-
-
-def test_lineage_goes_back_to_the_source(home: Home) -> None:
-    export = home.artifacts["export"]
-    sql = f"SELECT depth, role, step, label, artifact FROM lineage_of('{export.digest}')"
-    rows = ask(home, sql)
-    labels = [row[3] for row in rows]
-    assert rows[0][:4] == (0, None, "export", "export")
-    assert set(labels[1:3]) == {"calibrate", "stage 2"}
-    assert set(labels) == {"export", "calibrate", "mixture", "stage 0", "stage 1", "stage 2", "base model"}
-    assert len(labels) == len(set(labels))
-    depths = {row[3]: row[0] for row in rows}
-    assert depths["base model"] == 3
-    assert ask(home, sql.replace(str(export.digest), str(export.digest)[:12])) == rows, (
-        "the beginning of a digest will do"
-    )
-
-
-def test_artifacts_keep_their_identity(home: Home) -> None:
-    speed = home.artifacts["speed"]
-    [row] = home.ledger.query(f"FROM artifacts WHERE digest = '{speed.digest}'").records()
-    assert row["path"] == str(speed.path.relative_to(home.path))
-    assert row["payload"] == json.loads((speed.path / "artifact.json").read_text())["payload"]
-    assert (row["fingerprint"], row["wall_s"], row["num_files"]) == (speed.fingerprint, 12.5, 2)
-    assert row["bytes"] == sum(p.stat().st_size for p in speed.path.iterdir() if p.name != "artifact.json")
-
-
 @pytest.mark.parametrize(("question", "sql"), EXAMPLES, ids=[question for question, _ in EXAMPLES])
 def test_every_example_answers(home: Home, question: str, sql: str) -> None:
     assert question[0].isupper()
@@ -460,82 +244,6 @@ def test_every_example_answers(home: Home, question: str, sql: str) -> None:
 def test_every_view_can_be_read(home: Home) -> None:
     for (view,) in ask(home, "SELECT view_name FROM duckdb_views() WHERE NOT internal"):
         assert len(home.ledger.query(f"FROM {view}")) > 0, view
-
-
-# The published numbers: counted and checked against sums that no single wrong digit survives.
-
-
-def test_published_rows_per_source(home: Home) -> None:
-    rows = dict(ask(home, "SELECT replace(source, 'arXiv 2402.13516 ', ''), count(*) FROM published GROUP BY ALL"))
-    assert rows == {
-        "Table 1": 96,
-        "Table 2": 62,
-        "Table 3": 110,
-        "Table 4": 12,
-        "Table 5": 16,
-        "Table 8": 80,
-        "Table 9": 20,
-        "ProSparse-LLaMA-2-7B model card, early revision": 41,
-    }
-    grouped = "FROM published GROUP BY model, setting, metric, condition, source"
-    sql = f"SELECT model, setting, metric {grouped} HAVING count(*) > 1"
-    assert ask(home, sql) == []
-
-
-def test_published_averages_are_the_means_of_their_columns(home: Home) -> None:
-    sql = """
-      SELECT p.model, p.setting, avg(p.value) AS mean, any_value(a.value) AS average FROM published p
-      JOIN published a ON (a.model, a.setting, a.source) = (p.model, p.setting, p.source) AND a.metric = 'average_pct'
-      WHERE p.metric IN
-        ('code_pct', 'commonsense_pct', 'reading_pct', 'gsm8k_pct', 'mmlu_pct', 'bbh_pct', 'agieval_pct')
-      GROUP BY ALL"""
-    rows = ask(home, sql)
-    assert len(rows) == 14
-    for model, setting, mean, average in rows:
-        assert mean == pytest.approx(average, abs=0.0101), (model, setting)
-
-
-def test_published_groups_are_the_means_of_their_benchmarks(home: Home) -> None:
-    for suite, parts in {
-        "code": ("humaneval", "mbpp"),
-        "commonsense": ("piqa", "siqa", "hellaswag", "winogrande", "copa"),
-        "reading": ("boolq", "lambada", "tydiqa"),
-    }.items():
-        wanted = ", ".join(f"'{part}_pct'" for part in parts)
-        sql = (
-            "SELECT p.model, p.setting, avg(p.value), any_value(g.value), count(*) FROM published p JOIN published g "
-            f"ON (g.model, g.setting, g.metric) = (p.model, p.setting, '{suite}_pct') AND g.source LIKE '%Table 1' "
-            f"WHERE p.metric IN ({wanted}) GROUP BY ALL"
-        )
-        rows = ask(home, sql)
-        assert len(rows) == 11
-        for model, setting, mean, group, count in rows:
-            assert count == len(parts)
-            assert mean == pytest.approx(group, abs=0.02), (suite, model, setting)
-
-
-def test_published_numbers_agree_between_tables(home: Home) -> None:
-    grouped = "FROM published GROUP BY model, setting, metric, condition"
-    assert ask(home, f"SELECT model, setting, metric {grouped} HAVING min(value) < max(value)") == []
-    row = "(model, setting, metric) = ('llama2-7b', 'prosparse', 'sparsity_pct')"
-    sql = f"SELECT value FROM published WHERE {row} AND condition = "
-    assert set(ask(home, sql + "''")) == {(89.32,)}
-    assert ask(home, sql + "'threshold=0.02'") == [(90.35,)]
-    assert ask(home, sql + "'tokens=89.13e9'") == [(88.29,)]
-
-
-def test_published_speedups_are_the_ratios_of_their_times(home: Home) -> None:
-    for kernel in ("s2", "s3"):
-        sql = (
-            "SELECT p.model, p.setting, d.value / p.value, s.value FROM published p "
-            "JOIN published d ON (d.model, d.setting, d.metric) = (p.model, 'original', p.metric) "
-            f"JOIN published s ON (s.model, s.setting, s.metric) = (p.model, p.setting, '{kernel}_speedup') "
-            f"WHERE p.metric = '{kernel}_us'"
-        )
-        rows = ask(home, sql)
-        assert len(rows) == 10
-        for model, setting, ratio, printed in rows:
-            assert ratio == pytest.approx(printed, abs=0.011), (model, setting)
 
 
 # Asking.
