@@ -1,0 +1,64 @@
+"""The threshold search against known curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from prosparse_core.calibration import calibrate, increase_pct
+from prosparse_core.perplexity import Measured
+
+GRID = [0.0, 0.05, 0.1, 0.2, 0.4]
+
+
+def curve_of(**rise: Callable[[float], float]) -> Callable[[float], dict[str, Measured]]:
+    """Corpora whose perplexity is 10 * (1 + rise(t)), sparsity 0.5 + t."""
+    return lambda t: {
+        corpus: Measured(nll=1000 * math.log(10 * (1 + f(t))), num_tokens=1000, sparsity=0.5 + t)
+        for corpus, f in rise.items()
+    }
+
+
+def test_the_largest_threshold_within_the_budget_is_found_by_bisection() -> None:
+    curve = calibrate(curve_of(a=lambda t: t * t), GRID, 1.0, refine=6)
+    assert curve.chosen == pytest.approx(0.1, abs=1e-9)  # 0.1 ** 2 is exactly 1 %
+    finer = calibrate(curve_of(a=lambda t: 2 * t * t), GRID, 1.0, refine=6)
+    assert 0.0707 - 0.05 / 2**6 <= finer.chosen <= 0.0707107
+
+
+def test_every_corpus_must_keep_the_budget() -> None:
+    curve = calibrate(curve_of(a=lambda t: 0.0, b=lambda t: t / 10), GRID, 1.0, refine=4)
+    assert curve.chosen == pytest.approx(0.1, abs=0.01)
+    chosen = next(t for t in curve.trials if t.threshold == curve.chosen)
+    assert increase_pct(chosen, curve.trials[0]) <= 1.0
+
+
+def test_the_walk_stops_once_the_budget_is_far_behind() -> None:
+    asked: list[float] = []
+
+    def measure(t: float) -> dict[str, Measured]:
+        asked.append(t)
+        return curve_of(a=lambda t: 5 * t)(t)
+
+    curve = calibrate(measure, GRID, 1.0, refine=0)
+    assert asked == [0.0, 0.05]
+    assert curve.chosen == 0.0
+
+
+def test_a_curve_that_never_breaks_the_budget_takes_the_last_threshold() -> None:
+    assert calibrate(curve_of(a=lambda t: -t), GRID, 1.0).chosen == 0.4
+
+
+def test_a_dip_after_the_budget_was_broken_is_not_taken() -> None:
+    bumpy = {0.0: 0.0, 0.05: 0.0, 0.1: 0.02, 0.2: 0.005, 0.4: 1.0}
+    curve = calibrate(curve_of(a=lambda t: bumpy.get(t, 0.02)), GRID, 1.0, refine=2)
+    assert curve.chosen == 0.05
+
+
+def test_trials_are_sorted_and_mixed_counts_every_token_once() -> None:
+    curve = calibrate(curve_of(a=lambda t: t, b=lambda t: t), GRID, 1.0, refine=3)
+    assert [t.threshold for t in curve.trials] == sorted(t.threshold for t in curve.trials)
+    assert curve.trials[0].mixed.num_tokens == 2000
+    assert curve.trials[0].mixed.perplexity == pytest.approx(10.0)

@@ -1,0 +1,182 @@
+"""The loop of a stage: the right lambda and rate at every step, and resuming that is equal to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny
+
+from prosparse_core import checkpoint, training
+from prosparse_core.errors import ProSparseError
+from prosparse_core.mixing import Batch
+from prosparse_core.progress import Silent
+from prosparse_core.recipe import Runtime, Stage, Train
+from prosparse_core.schedule import l1_lambda, learning_rate
+from prosparse_core.substitute import use_relu
+
+
+class CountedMixture:
+    """Batches from a generator seeded by the step, like the real mixture's: a pure function of the step."""
+
+    seq_len = 16
+
+    def batch(self, step: int, sequences: int) -> Batch:
+        tokens = torch.randint(3, 96, (sequences, 16), generator=torch.Generator().manual_seed(step))
+        labels = tokens.clone()
+        labels[:, :4] = -100
+        return Batch(tokens=tokens, labels=labels, corpora=[0] * sequences)
+
+
+def recipe(**changes: object) -> Train:
+    stages = [Stage(until_step=4, l1=0), Stage(until_step=6, l1=0.5), Stage(until_step=14, l1=2.0, ramp="sine")]
+    return Train(**{"tokens_per_step": 64, "lr": 3e-3, "warmup_steps": 2, "stages": stages, **changes})  # type: ignore[arg-type]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopAt(Silent):
+    """Progress that breaks off after a step, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.stop = step
+
+    def update(self, done: float, total: float, **fields: float | int | str) -> None:
+        if fields["step"] == self.stop:
+            raise Interrupted
+
+
+def run_stages(
+    folder: Path, train: Train, stops: dict[int, list[int]], every: int | None = 3
+) -> dict[str, torch.Tensor]:
+    """All stages in one go, breaking off and starting anew from disk at the given steps of each stage."""
+    model = tiny()
+    use_relu(model)
+    optimizer = training.make_optimizer(model, train)
+    for index in range(len(train.stages)):
+        begin = {k: v.clone() for k, v in model.state_dict().items()}
+        torch.save(optimizer.state_dict(), folder / "opt.pt")
+        for stop in [*stops.get(index, []), None]:
+            model.load_state_dict(begin)
+            optimizer = training.make_optimizer(model, train)
+            if index:
+                optimizer.load_state_dict(torch.load(folder / "opt.pt", weights_only=True))
+            try:
+                training.train_stage(
+                    model,
+                    optimizer,
+                    CountedMixture(),  # type: ignore[arg-type]
+                    train,
+                    index,
+                    folder / str(index),
+                    precision="fp32",
+                    runtime=Runtime(checkpoint_every_steps=every),
+                    progress=Silent() if stop is None else StopAt(stop),
+                )
+            except Interrupted:
+                continue
+    return model.state_dict()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for name in "012":
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for i in "012" for line in (folder / i / training.LOG).read_text().splitlines()]
+
+
+def test_resuming_at_any_step_ends_in_equal_bits(tmp_path: Path) -> None:
+    finals = []
+    for name, stops in (("straight", {}), ("broken", {0: [2], 1: [5], 2: [8, 9, 13]})):
+        folder = tmp_path / name
+        for i in "012":
+            (folder / i).mkdir(parents=True)
+        finals.append(run_stages(folder, recipe(), stops))
+    assert all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0])
+    straight, broken = log_of(tmp_path / "straight"), log_of(tmp_path / "broken")
+    for a, b in zip(straight, broken, strict=True):
+        timing = {"tokens_per_s", "wall_s"}
+        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+def test_the_log_has_every_step_with_its_lambda_and_rate(folders: Path) -> None:
+    train = recipe()
+    run_stages(folders, train, {})
+    log = log_of(folders)
+    assert [e["step"] for e in log] == list(range(1, 15))
+    assert [e["l1_lambda"] for e in log] == [l1_lambda(train.stages, s) for s in range(1, 15)]
+    assert [e["lr"] for e in log] == [learning_rate(train, s) for s in range(1, 15)]
+    assert [e["stage"] for e in log] == [0] * 4 + [1] * 2 + [2] * 8
+    assert all(0 < e["sparsity"] < 1 and e["l1_term"] == pytest.approx(e["l1_lambda"] * e["l1"]) for e in log)
+
+
+def test_regularization_lowers_l1_and_raises_sparsity(tmp_path: Path) -> None:
+    logs = []
+    for name, factor in (("plain", 0.0), ("regularized", 30.0)):
+        folder = tmp_path / name
+        for i in "012":
+            (folder / i).mkdir(parents=True)
+        stages = [
+            Stage(until_step=2, l1=0),
+            Stage(until_step=3, l1=factor),
+            Stage(until_step=40, l1=factor, ramp="sine"),
+        ]
+        run_stages(folder, recipe(stages=stages), {}, every=None)
+        logs.append(log_of(folder)[-1])
+    assert logs[1]["mean_abs_x1"] < 0.7 * logs[0]["mean_abs_x1"]
+    assert logs[1]["sparsity"] > logs[0]["sparsity"]
+
+
+def test_micro_batches_equal_one_pass(tmp_path: Path) -> None:
+    finals = []
+    for name, micro in (("whole", None), ("micro", 1)):
+        folder = tmp_path / name
+        for i in "012":
+            (folder / i).mkdir(parents=True)
+        finals.append(run_stages(folder, recipe(micro_batch=micro), {}))
+    for key in finals[0]:
+        assert torch.allclose(finals[0][key], finals[1][key], rtol=1e-3, atol=1e-5), key
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(folders: Path) -> None:
+    with pytest.raises(ProSparseError, match="stage 0, step") as caught:
+        run_stages(folders, recipe(lr=1e30, warmup_steps=0, grad_clip=1e30), {})
+    assert "lower train.lr" in (caught.value.hint or "")
+
+
+def test_a_torn_checkpoint_is_ignored_and_a_corrupt_one_is_dropped_aloud(tmp_path: Path) -> None:
+    model = tiny()
+    optimizer = training.make_optimizer(model, recipe())
+    checkpoint.save(tmp_path, 3, model, optimizer)
+    torn = tmp_path / ".step-00000006.1.tmp"
+    shutil.copytree(tmp_path / "step-00000003", torn)
+    assert checkpoint.latest(tmp_path) == checkpoint.Checkpoint(3, tmp_path / "step-00000003")
+    checkpoint.save(tmp_path, 6, model, optimizer)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006"]
+
+    (tmp_path / "step-00000006" / checkpoint.STATE).write_bytes(b"nonsense")
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    assert checkpoint.restore(tmp_path, model, optimizer, Notes()) == 0
+    assert "not readable" in notes[0]
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
+    log = tmp_path / training.LOG
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    training._cut_log(log, before=3)
+    assert log.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
