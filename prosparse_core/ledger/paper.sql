@@ -135,7 +135,7 @@ CREATE VIEW paper_gap AS
             median(speedup) AS speedup -- over layers
           FROM speedup
           WHERE kernel IN ('s2', 's3', 'decode') AND variant IS NOT NULL AND mask_source IS DISTINCT FROM 'random'
-            AND coalesce(num_tokens, 1) = 1
+            AND baseline NOT IN ('dense', 'native_dense') AND coalesce(num_tokens, 1) = 1
           GROUP BY ALL)
     GROUP BY ALL),
   ours AS (FROM long WHERE value IS NOT NULL AND setting IS NOT NULL),

@@ -1,14 +1,16 @@
 -- The ledger's tables. Rows are only ever added: what can be derived is a view (views.sql).
 -- A fact belongs to the artifact it was measured in (`artifact` is that artifact's digest); a run shows the facts of
 -- every artifact one of its steps made or reused. The meaning of each column is in columns.csv.
--- Raise the version in schema.py only when a column changes its meaning; new columns and views need nothing.
+-- No PRIMARY KEY: its index is all that would keep duckdb 1.0 from opening the file; the writer, alone under its lock,
+-- looks before it adds. Raise the version in schema.py only when a column changes its meaning; new columns and views
+-- need nothing.
 
 CREATE TABLE schema_version (version INTEGER NOT NULL, signature VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL);
 COMMENT ON TABLE schema_version IS 'Which version of the schema made this file.';
 
 -- What ran. A start and an end are two rows; runs and steps are views over them.
 CREATE TABLE run_starts (
-  run_id VARCHAR PRIMARY KEY, flow VARCHAR NOT NULL, recipe VARCHAR NOT NULL, recipe_yaml VARCHAR NOT NULL,
+  run_id VARCHAR NOT NULL, flow VARCHAR NOT NULL, recipe VARCHAR NOT NULL, recipe_yaml VARCHAR NOT NULL,
   overrides VARCHAR[] NOT NULL, model VARCHAR NOT NULL, host VARCHAR, pid BIGINT, started_at TIMESTAMP NOT NULL,
   provenance JSON NOT NULL
 );
@@ -21,7 +23,7 @@ CREATE TABLE run_ends (
 COMMENT ON TABLE run_ends IS 'One row per run ended; ask the view runs.';
 
 CREATE TABLE step_starts (
-  step_id VARCHAR PRIMARY KEY, run_id VARCHAR NOT NULL, step VARCHAR NOT NULL, stage INTEGER, label VARCHAR NOT NULL,
+  step_id VARCHAR NOT NULL, run_id VARCHAR NOT NULL, step VARCHAR NOT NULL, stage INTEGER, label VARCHAR NOT NULL,
   fingerprint VARCHAR NOT NULL, started_at TIMESTAMP NOT NULL
 );
 COMMENT ON TABLE step_starts IS 'One row per step begun; ask the view steps.';
@@ -36,7 +38,7 @@ COMMENT ON TABLE step_ends IS 'One row per step ended; ask the view steps.';
 CREATE TABLE artifacts (
   digest VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, step VARCHAR NOT NULL, label VARCHAR NOT NULL,
   path VARCHAR NOT NULL, bytes BIGINT NOT NULL, num_files INTEGER NOT NULL, created_at TIMESTAMP NOT NULL,
-  wall_s DOUBLE, payload JSON NOT NULL, provenance JSON NOT NULL, meta JSON NOT NULL, PRIMARY KEY (digest, fingerprint)
+  wall_s DOUBLE, payload JSON NOT NULL, provenance JSON NOT NULL, meta JSON NOT NULL
 );
 COMMENT ON TABLE artifacts IS
   'One row per finished step folder of the store: what decided it, where it lies, how big it is.';
@@ -49,7 +51,7 @@ COMMENT ON TABLE lineage IS 'One row per input of an artifact; lineage_of(digest
 
 CREATE TABLE variant_facts (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, model VARCHAR NOT NULL, setting VARCHAR NOT NULL,
-  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT, PRIMARY KEY (artifact, variant)
+  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT
 );
 COMMENT ON TABLE variant_facts IS 'Which variants an artifact measures; ask the view variants.';
 

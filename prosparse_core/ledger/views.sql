@@ -3,6 +3,9 @@
 CREATE MACRO without_nulls(object) AS json_merge_patch('{}', object);
 COMMENT ON MACRO without_nulls IS 'A JSON object without its null members.';
 
+CREATE MACRO is_baseline(provider) AS provider IN ('torch', 'dense') OR ends_with(provider, '_dense');
+COMMENT ON MACRO is_baseline IS 'Whether an implementation reads every weight: what speedups are measured against.';
+
 CREATE VIEW runs AS
   SELECT s.run_id, s.flow, s.recipe, s.model, coalesce(e.status, 'running') AS status, s.started_at, e.ended_at,
          epoch(e.ended_at - s.started_at) AS wall_s, e.error, s.host, s.pid, s.overrides, s.recipe_yaml, s.provenance
@@ -13,7 +16,7 @@ COMMENT ON VIEW runs IS 'Every run: when, of which recipe, and how it ended. A r
 
 CREATE VIEW steps AS
   SELECT s.run_id, s.step_id, s.step, s.stage, s.label, s.fingerprint, e.artifact,
-         coalesce(e.status, if(r.status = 'running', 'running', 'failed')) AS status, s.started_at,
+         coalesce(e.status, CASE r.status WHEN 'running' THEN 'running' ELSE 'failed' END) AS status, s.started_at,
          coalesce(e.ended_at, r.ended_at) AS ended_at,
          epoch(coalesce(e.ended_at, r.ended_at) - s.started_at) AS wall_s,
          CASE WHEN e.status IS NULL AND r.status <> 'running' THEN 'the run ended before this step did'
@@ -143,7 +146,7 @@ CREATE VIEW speedup AS
   FROM speed k JOIN run_artifacts r USING (artifact)
   JOIN speed b
     ON b.artifact = k.artifact AND b.kernel = k.kernel
-    AND b.provider IN ('torch', 'dense') AND k.provider NOT IN ('torch', 'dense')
+    AND is_baseline(b.provider) AND NOT is_baseline(k.provider)
     AND row(b.variant, b.d_model, b.d_ff, b.num_tokens, b.dtype, b.sparsity, b.mask_source, b.layer, b.threads,
             b.timer, b.cache, b.host, b.cpu, b.device)
       IS NOT DISTINCT FROM
@@ -152,8 +155,8 @@ CREATE VIEW speedup AS
   LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (k.artifact, k.variant)
   WHERE k.gate_passed AND b.gate_passed IS NOT FALSE AND k.p50_us > 0;
 COMMENT ON VIEW speedup IS
-  'Speedup over the dense baseline (provider torch or dense) of the same session under the very same conditions, '
-  'and only for kernels that passed their correctness gate.';
+  'Speedup over each dense baseline (torch, or our own dense kernel) of the same session under the very same '
+  'conditions, and only for kernels that passed their correctness gate.';
 
 CREATE MACRO lineage_of(root) AS TABLE
   WITH RECURSIVE ancestry(digest, depth, role) AS (

@@ -220,14 +220,19 @@ def speed_facts(variant: Fact) -> list[Fact]:
         "device": "cpu",
         "limit_speedup": 5.5,
     }
-    times = {"torch": (190.0, 200.0, 210.0), "cpu": (45.0, 50.0, 55.0), "broken": (4.0, 5.0, 6.0)}
+    times = {
+        "torch": (190.0, 200.0, 210.0),
+        "native_dense": (115.0, 120.0, 125.0),
+        "native": (45.0, 50.0, 55.0),
+        "triton": (4.0, 5.0, 6.0),
+    }
     facts = [
         {**same, "kernel": kernel, "provider": provider, "p20_us": low, "p50_us": mid, "p80_us": high}
-        | {"gate_passed": provider != "broken", "rel_err": 1e-7, "gbps": 1e-3 * 3538944 / mid}
+        | {"gate_passed": provider != "triton", "rel_err": 1e-7, "gbps": 1e-3 * 3538944 / mid}
         for kernel in ("s2", "s3")
         for provider, (low, mid, high) in times.items()
     ]
-    lone = {**same, "kernel": "s2", "provider": "cpu", "threads": 2, "p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0}
+    lone = {**same, "kernel": "s2", "provider": "native", "threads": 2, "p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0}
     return [variant, *facts, {**lone, "gate_passed": True, "rel_err": 1e-7}]
 
 

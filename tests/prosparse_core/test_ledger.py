@@ -65,7 +65,7 @@ def test_every_table_view_column_and_macro_has_a_comment(home: Home) -> None:
     assert ask(home, sql) == []
     assert ask(home, "SELECT count(*) > 200 FROM duckdb_columns() WHERE NOT internal") == [(True,)]
     sql = "SELECT function_name FROM duckdb_functions() WHERE NOT internal AND function_type LIKE '%macro%'"
-    assert {row[0] for row in ask(home, sql)} == {"lineage_of", "paper_model", "without_nulls"}
+    assert {row[0] for row in ask(home, sql)} == {"is_baseline", "lineage_of", "paper_model", "without_nulls"}
     assert ask(home, sql + " AND comment IS NULL") == []
 
 
@@ -199,8 +199,8 @@ def test_results_hold_every_kind_with_units_and_conditions(home: Home) -> None:
         ("sparsity", "dead_frac", "fraction", num_corpora * num_variants),
         ("sparsity", "mean_abs_x1", "activation", num_corpora * num_variants),
         ("sparsity", "sparsity", "fraction", num_corpora * num_variants),
-        ("speed", "gbps", "GB/s", 6),
-        ("speed", "p50_us", "us", 7),
+        ("speed", "gbps", "GB/s", 8),
+        ("speed", "p50_us", "us", 9),
         ("threshold", "sparsity", "fraction", len(THRESHOLDS) * (num_corpora + 1)),
         ("threshold", "token_perplexity", "perplexity", len(THRESHOLDS) * (num_corpora + 1)),
         ("training", "batch_sparsity", "fraction", 3),

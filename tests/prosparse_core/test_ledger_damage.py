@@ -17,7 +17,7 @@ import pytest
 from ledger_fixture import SCORE, VARIANT, ask, assert_whole, make_artifact, record_step, small_ledger, start_run
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.ledger import Ledger, files, schema
+from prosparse_core.ledger import Ledger, files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +143,13 @@ def test_the_file_is_of_the_format_every_duckdb_1_can_read(ledger: Ledger) -> No
         with duckdb.connect(str(path), read_only=True) as con:
             [(tags,)] = con.execute("SELECT tags FROM duckdb_databases() WHERE path IS NOT NULL").fetchall()
         assert tags["storage_version"] == "v1.0.0+"
-    assert schema.STORAGE_VERSION == "v1.0.0"
+    # Tried with duckdb 1.0.0, 1.1.3 and 1.4.2: they stumble over a stored index, and over if().
+    assert ask(ledger, "FROM duckdb_indexes()") == []
+    assert ask(ledger, "FROM duckdb_constraints() WHERE constraint_type IN ('PRIMARY KEY', 'UNIQUE')") == []
+    views = ask(
+        ledger, "SELECT view_name FROM duckdb_views() WHERE NOT internal AND regexp_matches(sql, '(?i)\\bif\\(')"
+    )
+    assert views == []
 
 
 # Disks.

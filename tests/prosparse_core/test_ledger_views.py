@@ -176,13 +176,16 @@ def test_loss_curve(home: Home) -> None:
 
 
 def test_speedup_compares_only_like_with_like(home: Home) -> None:
-    rows = home.ledger.query("FROM speedup ORDER BY kernel").records()
-    assert [(row["kernel"], row["provider"], row["baseline"]) for row in rows] == [
-        ("s2", "cpu", "torch"),
-        ("s3", "cpu", "torch"),
+    rows = home.ledger.query("FROM speedup ORDER BY kernel, baseline").records()
+    found = [(row["kernel"], row["provider"], row["baseline"], row["speedup"]) for row in rows]
+    assert found == [
+        ("s2", "native", "native_dense", 2.4),
+        ("s2", "native", "torch", 4.0),
+        ("s3", "native", "native_dense", 2.4),
+        ("s3", "native", "torch", 4.0),
     ]
-    row = rows[0]
-    assert (row["speedup"], row["baseline_us"], row["p50_us"]) == (4.0, 200.0, 50.0)
+    row = rows[1]
+    assert (row["baseline_us"], row["p50_us"]) == (200.0, 50.0)
     assert (row["speedup_low"], row["speedup_high"]) == (190.0 / 55.0, 210.0 / 45.0)
     assert (row["run_id"], row["model"], row["setting"]) == (home.first_run, MODEL, "prosparse")
 
@@ -207,9 +210,10 @@ def test_speedup_compares_only_like_with_like(home: Home) -> None:
 def test_speedup_needs_every_condition_equal(tmp_path: Path, column: str, other: Any) -> None:
     ledger = Ledger(tmp_path)
     variant, *facts = speed_facts({"table": "variants", "variant": "v", "model": "m", "setting": "prosparse"})
-    two = [fact for fact in facts if fact["kernel"] == "s3" and fact["provider"] in ("torch", "cpu")]
+    two = [fact for fact in facts if fact["kernel"] == "s3" and fact["provider"] in ("torch", "native")]
     two[1] = {**two[1], column: other}
     ledger.record_artifact(make_artifact(tmp_path, "speed", "s", [variant, *two]).path)
+    assert [fact["provider"] for fact in two] == ["torch", "native"]
     assert ask(ledger, "SELECT count(*) FROM speed") == [(2,)]
     assert ask(ledger, "FROM speedup") == []
 
