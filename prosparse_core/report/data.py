@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ SETTINGS = {
 EXPECTED = ("original", "vanilla_relu", "prosparse_star", "prosparse")
 MIXED = "mixed"
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 QUERIES: dict[str, str] = {
     "run": "SELECT * FROM runs WHERE run_id = {run}",
     "steps": """
@@ -85,7 +87,7 @@ SELECT s.kernel, s.provider, v.setting, avg(s.sparsity) AS sparsity, max(s.rel_e
        count(*) AS num_timings, count(s.gate_passed) AS num_checked, any_value(s.note) AS note,
        s.d_model, s.d_ff, s.num_tokens, s.dtype, s.mask_source, s.threads, s.timer, s.cache, s.device, s.cpu
 FROM speed s JOIN run_artifacts r USING (artifact) LEFT JOIN variant_facts v USING (artifact, variant)
-WHERE r.run_id = {run} AND s.gate_passed IS NOT TRUE AND s.provider NOT IN ('torch', 'dense')
+WHERE r.run_id = {run} AND s.gate_passed IS NOT TRUE AND NOT is_baseline(s.provider)
 GROUP BY ALL ORDER BY s.kernel, s.provider""",
     "timings": """
 SELECT s.kernel, s.provider, v.setting, s.sparsity, s.p20_us, s.p50_us, s.p80_us, s.num_reps, s.tokens_per_s, s.gbps,
@@ -114,7 +116,9 @@ class ReportData:
         """In the recipe's order, then what else was measured; never the mixture of all of them."""
         sources = self.recipe.get("data", {}).get("sources", [])
         named = [str(s.get("name")) for s in sources if isinstance(s, dict)]
-        measured = [r["corpus"] for name in ("scores", "layers", "tradeoff") for r in self[name] if r["corpus"]]
+        measured = [
+            r["corpus"] for name in ("scores", "layers", "tradeoff", "cliff") for r in self[name] if r["corpus"]
+        ]
         found = set(measured)
         return list(dict.fromkeys([*(n for n in named if n in found), *sorted(found - {MIXED})]))
 
@@ -166,10 +170,17 @@ def collect(ledger: Ledger, run_id: str) -> ReportData:
 
 
 def _records(table: Table) -> list[Record]:
-    return [{k: _finite(v) for k, v in record.items()} for record in table.records()]
+    return [_shown(record) for record in table.records()]
 
 
-def _finite(value: Any) -> Any:
+def _shown(value: Any) -> Any:
+    """What a page can hold: NaN and infinities as None, control characters as a replacement character, at any depth."""
+    if isinstance(value, str):
+        return _CONTROL.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_shown(k): _shown(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_shown(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -178,7 +189,7 @@ def _recipe(text: str) -> Record:
         recipe = yaml.safe_load(text)
     except yaml.YAMLError:
         return {}
-    return recipe if isinstance(recipe, dict) else {}
+    return _shown(recipe) if isinstance(recipe, dict) else {}
 
 
 def _one_path(subjects: dict[str, list[Record]]) -> list[Record]:

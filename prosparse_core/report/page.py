@@ -15,7 +15,7 @@ from prosparse_core.report.plot_predictor import predictor
 from prosparse_core.report.plot_speed import speed
 from prosparse_core.report.plot_tradeoff import tradeoff
 from prosparse_core.report.plot_training import training
-from prosparse_core.report.speed_rows import baseline_name
+from prosparse_core.report.speed_rows import OWN, baseline_name, provider_name, why_refused
 
 PLOTS = (training, tradeoff, layers, predictor, speed)
 _HERE = Path(__file__).parent
@@ -148,13 +148,14 @@ def tiles(data: ReportData) -> list[Tile]:
 def _speed_tile(data: ReportData) -> Tile:
     rows = [r for r in data["speedups"] if r["kernel"] == "ffn" and is_number(r["speedup"])]
     rows = [r for r in rows if r["setting"]] or rows
-    rows.sort(key=lambda r: (r["baseline"] != "torch", -r["speedup"]))
+    rows = [r for r in rows if r["mask_source"] == "recorded"] or rows
+    rows.sort(key=lambda r: (r["baseline"] in OWN, -r["speedup"]))
     if not rows:
         why = data.why_missing("speed")
-        refused = any(r["kernel"] == "ffn" for r in data["refused"])
-        return Tile("FFN speed-up", "n/a", "the kernel did not pass its correctness check" if refused else why)
+        refused = next((r for r in data["refused"] if r["kernel"] == "ffn"), None)
+        return Tile("FFN speed-up", "n/a", why_refused(refused) if refused else why)
     best = rows[0]
-    parts = [f"{best['provider']} over {baseline_name(best['baseline'])}, {best['dtype']}"]
+    parts = [f"{provider_name(best['provider'])} over {baseline_name(best['baseline'])}, {best['dtype']}"]
     parts += [f"limit {ratio(best['limit_speedup'])}"] if is_number(best["limit_speedup"]) else []
     return Tile("as fast an FFN", ratio(best["speedup"]), ", ".join(parts))
 

@@ -54,7 +54,8 @@ def layers(data: ReportData) -> Plot:
         if is_any_dead:
             top = begin + len(settings) * block
             ax = sheet.axes(left, top, width - left - 4, 66, share_x=ax)
-            sheet.title(0, top - 14, f"Neurons that never fired, {_named(settings[-1]).partition(',')[0]} (%)")
+            name = SETTINGS.get(settings[-1], (settings[-1],))[0]
+            sheet.title(0, top - 14, f"Neurons that never fired, {name} (%)")
             ax.bar(list(dead), [100 * v for v in dead.values()], color=SERIES[4], width=0.8)
             ax.locator_params(axis="y", nbins=3)
             grid(ax)
@@ -105,7 +106,8 @@ def _remarks(dead: dict[int, float], is_any_dead: bool, settings: list[str]) -> 
     if not dead:
         return ["Dead neurons: n/a, the ledger has no dead_frac for these layers."]
     if not is_any_dead:
-        return [f"No layer of {_named(settings[-1])} has a neuron that stayed at zero on every token of every corpus."]
+        name = SETTINGS.get(settings[-1], (settings[-1],))[0]
+        return [f"No layer of {name} has a neuron that stayed at zero on every token of every corpus."]
     worst = max(dead, key=lambda k: dead[k])
     return [f"Most of them are in layer {worst}: at most {pct(dead[worst], 2)} of its neurons."]
 

@@ -54,7 +54,7 @@ def predictor(data: ReportData) -> Plot:
 
     aid = (
         "Lowering the cutoff finds more of the active neurons (higher recall) and skips fewer of the others "
-        "(lower predicted sparsity); a perfect predictor would sit at 100 % recall on the dashed line, the true sparsity."
+        "(lower predicted sparsity); a perfect predictor would sit at 100 % recall on the dashed line."
     )
     alt = "; ".join(
         f"cutoff {plain(m['cutoff'])}: recall {pct(m['recall'])}, predicted sparsity {pct(m['predicted_sparsity'])}"

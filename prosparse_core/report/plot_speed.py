@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prosparse_core.report.data import Record, ReportData
-from prosparse_core.report.format import NA, clip, is_number, number, pct, ratio
+from prosparse_core.report.format import NA, clip, is_number, pct, ratio
 from prosparse_core.report.plot import Plot
 from prosparse_core.report.sheet import FONT, GRID, INK, MUTED, PAPER, SERIES, SMALL, WARN, Sheet
-from prosparse_core.report.speed_rows import bars, baseline_name, kernel_name, own_conditions, shared_conditions
+from prosparse_core.report.speed_rows import (
+    OWN,
+    bars,
+    baseline_name,
+    kernel_name,
+    own_conditions,
+    provider_name,
+    shared_conditions,
+    why_refused,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,9 +65,9 @@ def speed(data: ReportData) -> Plot:
     sparsities = [r["sparsity"] for r in rows if is_number(r["sparsity"])]
     zeros = " to ".join(dict.fromkeys(pct(f(sparsities)) for f in (min, max))) if sparsities else NA
     aid = (
-        "A bar is the ratio of median times, its whisker runs from the 20th percentile of the baseline over the 80th of "
-        "the kernel to the reverse, and the diamond is what the sparsity alone allows, were time proportional to the weights read: "
-        "a bar beyond it also reads them faster than its baseline does."
+        "A bar is the ratio of median times, its whisker goes from the 20th percentile of the baseline over the 80th of "
+        "the kernel to the reverse, and the diamond is what the sparsity alone allows, if time went by the weights "
+        "read: a bar beyond it also reads them faster than its baseline does."
     )
     remarks = [f"Conditions: {conditions}; zeros in the mask: {zeros}."] if rows else []
     if more > 0:
@@ -84,7 +93,8 @@ def _why(data: ReportData) -> str:
 
 def _against(row: Record) -> str:
     baseline = row.get("baseline")
-    return f"{row['provider']} over {baseline_name(baseline)}" if baseline else str(row["provider"])
+    name = provider_name(row["provider"])
+    return f"{name} over {baseline_name(baseline)}" if baseline else name
 
 
 def _reach(rows: list[Record]) -> float:
@@ -102,16 +112,14 @@ def _text(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
 
 def _bar(ax: Axes, y: float, row: Record) -> None:
     if row["state"] != "passed":
-        error = f" (relative error {number(row['rel_err'], 2)})" if is_number(row["rel_err"]) else ""
-        said = "correctness was not checked" if row["state"] == "unchecked" else f"failed its correctness check{error}"
-        _text(ax, 0, y, f"✕  {said}: no speed-up", color=WARN, fontweight="bold")
+        _text(ax, 0, y, f"✕  no speed-up: {clip(why_refused(row), int(ax.bbox.width) // 7 - 16)}", color=WARN)
         return
-    color = SERIES[0] if row["baseline"] == "torch" else SERIES[2]
+    color = SERIES[2] if row["baseline"] in OWN else SERIES[0]
     ax.barh(y, row["speedup"], height=13, color=color, linewidth=0)
     low, high = row["speedup_low"], row["speedup_high"]
     end = row["speedup"]
     if is_number(low) and is_number(high):
-        ax.plot([low, high], [y, y], color=PAPER, linewidth=3.6, marker="|", markersize=9, markeredgewidth=3.6)
+        ax.plot([low, high], [y, y], color=PAPER, linewidth=3.6)
         ax.plot([low, high], [y, y], color=INK, linewidth=1.3, marker="|", markersize=7, markeredgewidth=1.3)
         end = max(end, high)
     reach = ax.get_xlim()[1]
@@ -160,5 +168,5 @@ def _alt(rows: list[Record]) -> str:
             limit = f", limit {ratio(row['limit_speedup'])}" if is_number(row["limit_speedup"]) else ""
             parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {ratio(row['speedup'])}{limit}")
         else:
-            parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {row['state']}, no bar")
+            parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: no speed-up, {why_refused(row)}")
     return "Bar chart. " + "; ".join(parts) + "." if parts else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prosparse_core.report.data import MIXED, Record, ReportData
 from prosparse_core.report.format import clip, is_number, number, pct, plain
 from prosparse_core.report.plot import Plot
-from prosparse_core.report.sheet import INK, MARKERS, MUTED, SERIES, SMALL, Box, Sheet, grid, legend
+from prosparse_core.report.sheet import INK, MARKERS, MUTED, PAPER, SERIES, SMALL, Box, Sheet, grid, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -188,4 +188,5 @@ def _name_thresholds(ax: Axes, rows: list[Record], column: str) -> None:
                 fontsize=SMALL,
                 zorder=6,
                 fontweight=weight,
+                bbox={"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.4},
             )

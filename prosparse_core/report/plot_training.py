@@ -50,8 +50,11 @@ def training(data: ReportData) -> Plot:
         by_stage.setdefault(row["stage"], []).append(row)
     longest = max((len(part) for part in by_stage.values()), default=0)
     reach = longest // 24 if longest >= 48 else 0
+    losses = [r["lm_loss"] for r in rows if is_number(r["lm_loss"])]
+    # Logarithmic where the loss spans more than a factor of three, so that its end is not a flat line.
+    is_log = bool(losses) and 0 < 3 * min(losses) < max(losses)
     panels = [
-        ("lm_loss", "Loss (nats per token)", 1.0),
+        ("lm_loss", f"Loss (nats per token{', log scale' if is_log else ''})", 1.0),
         ("l1_lambda", "Lambda", 1.0),
         ("sparsity", "Sparsity of x1 (%)", 100.0),
     ]
@@ -67,7 +70,7 @@ def training(data: ReportData) -> Plot:
             for part in by_stage.values():
                 points = [(r["step"], factor * r[column]) for r in part if is_number(r[column])]
                 _trace(ax, points, SERIES[number_], reach if column != "l1_lambda" else 0)
-            _scale(ax, column, [factor * r[column] for r in rows if is_number(r[column])])
+            _scale(ax, column, is_log)
             ax.tick_params(labelbottom=column == "sparsity")
             _stages(ax, by_stage, sheet if number_ == 0 else None, width - left - right)
         assert ax is not None
@@ -108,18 +111,17 @@ def _trace(ax: Axes, points: list[tuple[float, float]], color: str, reach: int) 
     ax.plot(x, y, color=color)
 
 
-def _scale(ax: Axes, column: str, values: list[float]) -> None:
-    """Logarithmic where the loss spans more than a factor of three, so that its end is not a flat line."""
+def _scale(ax: Axes, column: str, is_log: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if column == "lm_loss" and low > 0 and high > 3 * low:
+    if column == "lm_loss" and is_log:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
         ax.yaxis.set_minor_formatter(NullFormatter())
     elif column == "l1_lambda":
-        ax.set_ylim(0, 1.12 * high or 1.0)
+        top = ax.dataLim.y1
+        ax.set_ylim(0, 1.12 * top if 0 < top < 1e30 else 1.0)
         ax.locator_params(axis="y", nbins=4)
     else:
         ax.locator_params(axis="y", nbins=5)
@@ -172,6 +174,7 @@ def _alt_training(rows: list[Record], by_stage: dict[Any, list[Record]]) -> str:
     first, last = rows[0], rows[-1]
     return (
         f"Three line charts over {len(rows):,} logged steps in {len(by_stage)} stages: "
-        f"the loss goes from {number(first['lm_loss'])} to {number(last['lm_loss'])} nats, lambda from {plain(first['l1_lambda'])} to {plain(last['l1_lambda'])}, "
+        f"the loss goes from {number(first['lm_loss'])} to {number(last['lm_loss'])} nats, "
+        f"lambda from {plain(first['l1_lambda'])} to {plain(last['l1_lambda'])}, "
         f"batch sparsity from {pct(first['sparsity'])} to {pct(last['sparsity'])}."
     )

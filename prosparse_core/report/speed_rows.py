@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prosparse_core.report.data import Record, ReportData
-from prosparse_core.report.format import is_number, pct
+from prosparse_core.report.format import is_number, number, pct
 
 KERNELS = {
     "gate": ("gate", "which neurons are active"),
@@ -16,7 +16,15 @@ KERNELS = {
 }
 """What is timed: its name, and what it does."""
 MAIN = ("s2", "s3", "ffn", "decode")
-BASELINES = {"torch": "dense torch", "dense": "our own dense kernel"}
+BASELINES = {
+    "torch": "dense torch",
+    "transformers_dense": "the dense model in transformers",
+    "native_dense": "our own dense kernel",
+    "dense": "our own dense kernel",
+}
+PROVIDERS = {"transformers_sparse": "sparse FFNs in transformers"}
+OWN = ("native_dense", "dense")
+"""Baselines of our own: what skipping gains by itself, apart from better code."""
 MOST_BARS = 24
 CONDITIONS = {
     "dtype": "{}",
@@ -38,14 +46,15 @@ def kernel_name(kernel: str) -> str:
 
 
 def in_order(rows: list[Record]) -> list[Record]:
-    """By kernel (S2, S3, FFN, decode, then others), implementation and baseline."""
+    """By kernel (S2, S3, FFN, decode, then others), the model's own masks first, implementation and baseline."""
     order = [*MAIN, *sorted({r["kernel"] for r in rows} - set(MAIN))]
     known = list(BASELINES)
 
-    def place(row: Record) -> tuple[int, str, int, float]:
+    def place(row: Record) -> tuple[int, bool, str, int, float]:
         baseline = row.get("baseline")
         return (
             order.index(row["kernel"]),
+            row["mask_source"] != "recorded",
             row["provider"],
             known.index(baseline) if baseline in known else len(known),
             row["sparsity"] or 0.0,
@@ -55,7 +64,11 @@ def in_order(rows: list[Record]) -> list[Record]:
 
 
 def baseline_name(provider: str) -> str:
-    return BASELINES.get(provider, provider)
+    return BASELINES.get(provider, provider_name(provider))
+
+
+def provider_name(provider: str) -> str:
+    return PROVIDERS.get(provider, provider.replace("_", " "))
 
 
 def condition(column: str, value: Any) -> str:
@@ -63,16 +76,23 @@ def condition(column: str, value: Any) -> str:
     if column in ("num_tokens", "threads"):
         noun = "token" if column == "num_tokens" else "thread"
         value = f"{value} {noun}{'' if value == 1 else 's'}"
-    return CONDITIONS[column].format(value)
+    return CONDITIONS[column].format(str(value).replace("_", " ") if column in ("timer", "cache") else value)
 
 
 def shared_conditions(rows: list[Record]) -> list[str]:
-    """The conditions that are the same for all rows."""
+    """The conditions that are the same for all rows, or at least for all rows of a kernel, which is then named."""
+    kernels = list(dict.fromkeys(r["kernel"] for r in rows))
     shared = []
     for column in CONDITIONS:
-        values = {r[column] for r in rows if r[column] is not None}
-        if len(values) == 1:
-            shared.append(condition(column, values.pop()))
+        of_kernel = {k: {r[column] for r in rows if r["kernel"] == k} for k in kernels}
+        if any(len(values) > 1 for values in of_kernel.values()):
+            continue
+        by_value: dict[Any, list[str]] = {}
+        for kernel, values in of_kernel.items():
+            by_value.setdefault(next(iter(values)), []).append(KERNELS.get(kernel, (kernel,))[0])
+        for value, names in by_value.items():
+            if value is not None:
+                shared.append(condition(column, value) + (f" ({', '.join(names)})" if len(by_value) > 1 else ""))
     return shared
 
 
@@ -84,20 +104,33 @@ def own_conditions(row: Record, rows: list[Record]) -> list[str]:
         for column in CONDITIONS
         if row[column] is not None and len({r[column] for r in same}) > 1
     ]
-    if len({r.get("swept_sparsity") for r in same}) > 1 and is_number(row["sparsity"]):
+    if len({pct(r["sparsity"], 0) for r in same}) > 1 and is_number(row["sparsity"]):
         own.insert(0, f"{pct(row['sparsity'], 0)} zeros")
     return own
 
 
 def bars(data: ReportData) -> tuple[list[Record], int]:
-    """What is drawn, in order, and how many more there are: the model's own masks rather than random ones."""
-    rows: list[Record] = [
+    """What is drawn, in order, and how many more rows there are.
+
+    The model's own masks rather than random ones, and S2, S3, FFN and decode, where there are such rows. ``state`` is
+    passed or refused.
+    """
+    rows = [
         *({**r, "state": "passed"} for r in data["speedups"] if is_number(r["speedup"])),
-        *(
-            {**r, "state": "failed" if r["num_checked"] else "unchecked", "swept_sparsity": None}
-            for r in data["refused"]
-        ),
+        *({**r, "state": "refused"} for r in data["refused"]),
     ]
-    own = [r for r in rows if r["setting"]]
-    chosen = [r for r in (own or rows) if r["kernel"] in MAIN] or own or rows
+    chosen = rows
+    for is_wanted in (
+        lambda r: r["setting"] is not None,
+        lambda r: r["mask_source"] == "recorded",
+        lambda r: r["kernel"] in MAIN,
+    ):
+        chosen = [r for r in chosen if is_wanted(r)] or chosen
     return in_order(chosen)[:MOST_BARS], len(rows) - min(len(chosen), MOST_BARS)
+
+
+def why_refused(row: Record) -> str:
+    """Why a row has no speed-up."""
+    error = f" (relative error {number(row['rel_err'], 2)})" if is_number(row["rel_err"]) else ""
+    said = row["note"] or ("failed its correctness check" if row["num_checked"] else "was not checked for correctness")
+    return f"{said}{error}"

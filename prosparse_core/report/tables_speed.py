@@ -5,7 +5,15 @@ from __future__ import annotations
 from prosparse_core.report.data import Record, ReportData
 from prosparse_core.report.format import count, is_number, number, pct, ratio
 from prosparse_core.report.grid import NOT_APPLICABLE, Cell, Column, Grid
-from prosparse_core.report.speed_rows import KERNELS, baseline_name, condition, in_order, own_conditions
+from prosparse_core.report.speed_rows import (
+    KERNELS,
+    baseline_name,
+    condition,
+    in_order,
+    own_conditions,
+    provider_name,
+    why_refused,
+)
 
 MOST_ROWS = 120
 
@@ -29,7 +37,7 @@ def speedups(data: ReportData) -> Grid | None:
     rows = in_order([*data["speedups"], *data["refused"]])
     for row in rows[:MOST_ROWS]:
         own = ", ".join(own_conditions(row, rows)) or "as above"
-        cells = [_kernel(row), Cell(row["provider"])]
+        cells = [_kernel(row), Cell(provider_name(row["provider"]))]
         zeros = Cell(pct(row["sparsity"])) if is_number(row["sparsity"]) else Cell(NOT_APPLICABLE, tone="quiet")
         error = Cell(number(row["rel_err"], 2)) if is_number(row["rel_err"]) else grid.missing("no error was recorded")
         if "speedup" in row:
@@ -47,17 +55,16 @@ def speedups(data: ReportData) -> Grid | None:
             ]
             cells += [error, Cell(own)]
         else:
-            said = "failed its correctness check" if row["num_checked"] else "its correctness was not checked"
             blank = Cell(NOT_APPLICABLE, tone="quiet")
             cells += [
                 blank,
                 zeros,
                 blank,
                 blank,
-                Cell("none", said, tone="bad"),
+                Cell("none", why_refused(row), tone="bad"),
                 blank,
                 error,
-                Cell(row["note"] or own),
+                Cell(own),
             ]
         grid.rows.append(cells)
     if len(rows) > MOST_ROWS:
@@ -91,7 +98,9 @@ def timings(data: ReportData) -> Grid | None:
         figures.append(Cell(count(row["num_reps"])) if row["num_reps"] else blank)
         figures += [Cell(number(row[c], 3)) if is_number(row[c]) else blank for c in ("gbps", "tokens_per_s")]
         zeros = Cell(pct(row["sparsity"])) if is_number(row["sparsity"]) else blank
-        grid.rows.append([_kernel(row), Cell(row["provider"]), zeros, *figures, state, Cell(", ".join(own))])
+        grid.rows.append(
+            [_kernel(row), Cell(provider_name(row["provider"])), zeros, *figures, state, Cell(", ".join(own))]
+        )
     if len(data["timings"]) > MOST_ROWS:
         grid.notes.append(f"{len(data['timings']) - MOST_ROWS} more timings are in the ledger")
     return grid if grid.rows else None

@@ -17,9 +17,17 @@ from prosparse_core.store import Artifact, Store, fingerprint
 
 SETTINGS = (("original", "original"), ("vanilla_relu", "relu"), ("prosparse_star", "relu"), ("prosparse", "fatrelu"))
 MACHINE = {
-    "created_at": "2026-01-01T12:34:56+00:00", "host": "bench-1", "cpu": "Example CPU 9000", "cores": 2, "threads": 1,
-    "python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "lm_eval": "0.4.13", "wall_s": 61.5,
-}  # fmt: skip
+    "created_at": "2026-01-01T12:34:56+00:00",
+    "host": "bench-1",
+    "cpu": "Example CPU 9000",
+    "cores": 2,
+    "threads": 1,
+    "python": "3.11.9",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "lm_eval": "0.4.13",
+    "wall_s": 61.5,
+}
 
 
 @dataclass
@@ -66,23 +74,28 @@ class Scribe:
     def write(self) -> Ledger:
         story = self.story
         recipe = {
-            "name": story.recipe, "description": story.description, "seed": 42, "model": {"id": "example-model"},
+            "name": story.recipe,
+            "description": story.description,
+            "seed": 42,
+            "model": {"id": "example-model"},
             "data": {"seq_len": 256, "sources": [{"name": c, "kind": "files", "weight": 1.0} for c in story.corpora]},
             "train": {"tokens_per_step": 512, "lr": 3e-4, "stages": story.stages},
             "calibrate": {"max_ppl_increase_pct": 1.0},
-        }  # fmt: skip
-        files: Any = self.ledger._files
-        with files.write() as con:  # one transaction for the whole story: a ledger is published after every one
-            files.write = lambda: contextlib.nullcontext(con)
+        }
+        with self.ledger.together():
             self._tell(story, recipe)
-            del files.write
         return self.ledger
 
     def _tell(self, story: Story, recipe: dict[str, Any]) -> None:
         self.ledger.start_run(
-            run_id=story.run_id, flow="prosparse", recipe=story.recipe, overrides=[], model="example-model",
-            recipe_yaml=yaml.safe_dump(recipe, sort_keys=False), provenance={**MACHINE, "pid": 4711},
-        )  # fmt: skip
+            run_id=story.run_id,
+            flow="prosparse",
+            recipe=story.recipe,
+            overrides=[],
+            model="example-model",
+            recipe_yaml=yaml.safe_dump(recipe, sort_keys=False),
+            provenance={**MACHINE, "pid": 4711},
+        )
         with contextlib.suppress(_Stopped):
             self._chain()
         if story.is_ended:
@@ -147,9 +160,14 @@ class Scribe:
         activation = dict(SETTINGS).get(setting, "relu")
         tokens = {"original": 0, "substituted": 0, "vanilla_relu": 30_720}.get(setting, 174_080)
         return {
-            "table": "variants", "variant": f"{setting}@0123abcd", "model": "example-model", "setting": setting,
-            "activation": activation, "checkpoint": self._checkpoint(), "tokens_seen": tokens,
-        }  # fmt: skip
+            "table": "variants",
+            "variant": f"{setting}@0123abcd",
+            "model": "example-model",
+            "setting": setting,
+            "activation": activation,
+            "checkpoint": self._checkpoint(),
+            "tokens_seen": tokens,
+        }
 
     def _checkpoint(self) -> str | None:
         stages = [a for key, a in self.made.items() if key.startswith("stage")]
@@ -160,10 +178,18 @@ class Scribe:
         for setting, base in (("original", 3.3), ("substituted", 612.0)):
             facts.append(self.variant(setting))
             for corpus in self.story.corpora:
-                facts.append({
-                    "table": "evaluations", "variant": f"{setting}@0123abcd", "task": f"calibration/{corpus}", "corpus": corpus,
-                    "metric": "token_perplexity", "value": base * self.random.uniform(0.9, 1.2), "n": 8192, "batch_size": 4,
-                })  # fmt: skip
+                facts.append(
+                    {
+                        "table": "evaluations",
+                        "variant": f"{setting}@0123abcd",
+                        "task": f"calibration/{corpus}",
+                        "corpus": corpus,
+                        "metric": "token_perplexity",
+                        "value": base * self.random.uniform(0.9, 1.2),
+                        "n": 8192,
+                        "batch_size": 4,
+                    }
+                )
         return facts
 
     def training(self, index: int) -> list[dict[str, Any]]:
@@ -181,11 +207,23 @@ class Scribe:
             )
             zeros = 0.91 - 0.42 / (1 + 4 * factor) + self.random.gauss(0, 0.004)
             loss = 1.35 + 4.5 * math.exp(-step / 9) + 0.12 * factor + self.random.gauss(0, 0.11)
-            rows.append({
-                "stage": index, "step": step, "tokens": (step + 1) * 512, "l1_lambda": factor, "lr": 3e-4, "lm_loss": loss,
-                "l1": 0.4, "l1_term": factor * 0.4, "mean_abs_x1": 0.02, "sparsity": min(1.0, zeros), "grad_norm": 1.0,
-                "tokens_per_s": 231.0 + self.random.uniform(-9, 9), "wall_s": 2.2,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "stage": index,
+                    "step": step,
+                    "tokens": (step + 1) * 512,
+                    "l1_lambda": factor,
+                    "lr": 3e-4,
+                    "lm_loss": loss,
+                    "l1": 0.4,
+                    "l1_term": factor * 0.4,
+                    "mean_abs_x1": 0.02,
+                    "sparsity": min(1.0, zeros),
+                    "grad_norm": 1.0,
+                    "tokens_per_s": 231.0 + self.random.uniform(-9, 9),
+                    "wall_s": 2.2,
+                }
+            )
         return rows
 
     def thresholds(self) -> list[dict[str, Any]]:
@@ -193,11 +231,20 @@ class Scribe:
         for corpus, base in [*zip(self.story.corpora, (2.4, 11.2, 5.1, 7.7, 3.0, 19.0), strict=False), ("mixed", 4.4)]:
             for t in (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3):
                 rise = 3.4 * t**2 - 0.01 * t + self.random.gauss(0, 0.0003)
-                facts.append({
-                    "table": "thresholds", "variant": "prosparse_star@0123abcd", "rule": "grid", "scope": "global", "threshold": t,
-                    "corpus": corpus, "num_tokens": 8192, "perplexity": base * (1 + rise),
-                    "sparsity": 0.845 + 0.11 * t / (t + 0.06) + base / 2000, "chosen": t == 0.05,
-                })  # fmt: skip
+                facts.append(
+                    {
+                        "table": "thresholds",
+                        "variant": "prosparse_star@0123abcd",
+                        "rule": "grid",
+                        "scope": "global",
+                        "threshold": t,
+                        "corpus": corpus,
+                        "num_tokens": 8192,
+                        "perplexity": base * (1 + rise),
+                        "sparsity": 0.845 + 0.11 * t / (t + 0.06) + base / 2000,
+                        "chosen": t == 0.05,
+                    }
+                )
         return facts
 
     def evaluation(self, setting: str) -> list[dict[str, Any]]:
@@ -206,27 +253,56 @@ class Scribe:
         dearer = {"original": 1.0, "vanilla_relu": 1.16, "prosparse_star": 1.21}.get(setting, 1.22)
         zeros = {"original": 0.0, "vanilla_relu": 0.61, "prosparse_star": 0.845}.get(setting, 0.893)
         for corpus, base in zip(self.story.corpora, (2.4, 11.2, 5.1, 7.7, 3.0, 19.0), strict=False):
-            facts.append({
-                "table": "evaluations", "variant": variant, "corpus": corpus, "metric": "token_perplexity", "value": base * dearer,
-                "stderr": 0.02 * base if self.story.has_stderr else None, "n": 8190, "dtype": "fp32", "batch_size": 4,
-                "higher_is_better": False, "harness_version": "0.4.13", "note": "windows of 512 tokens",
-            })  # fmt: skip
+            facts.append(
+                {
+                    "table": "evaluations",
+                    "variant": variant,
+                    "corpus": corpus,
+                    "metric": "token_perplexity",
+                    "value": base * dearer,
+                    "stderr": 0.02 * base if self.story.has_stderr else None,
+                    "n": 8190,
+                    "dtype": "fp32",
+                    "batch_size": 4,
+                    "higher_is_better": False,
+                    "harness_version": "0.4.13",
+                    "note": "windows of 512 tokens",
+                }
+            )
             for layer in range(self.story.num_layers):
                 depth = layer / max(1, self.story.num_layers - 1)
                 share = zeros * (1 - 0.12 * math.exp(-((depth - 0.1) ** 2) / 0.01)) + (
                     0.02 * self.random.random() if zeros else 0
                 )
-                facts.append({
-                    "table": "sparsity", "variant": variant, "corpus": corpus, "layer": layer, "num_tokens": 8190,
-                    "sparsity": min(1.0, share), "dead_frac": 0.002 * layer / (layer + 3) if zeros > 0.8 else 0.0,
-                    "mean_abs_x1": 0.02, "threshold": 0.05 if setting == "prosparse" else None,
-                })  # fmt: skip
+                facts.append(
+                    {
+                        "table": "sparsity",
+                        "variant": variant,
+                        "corpus": corpus,
+                        "layer": layer,
+                        "num_tokens": 8190,
+                        "sparsity": min(1.0, share),
+                        "dead_frac": 0.002 * layer / (layer + 3) if zeros > 0.8 else 0.0,
+                        "mean_abs_x1": 0.02,
+                        "threshold": 0.05 if setting == "prosparse" else None,
+                    }
+                )
         score = {"original": 0.633, "vanilla_relu": 0.6}.get(setting, 0.617)
         for metric, value in (("acc", score), ("acc_norm", score - 0.05)):
-            facts.append({
-                "table": "evaluations", "variant": variant, "task": "function_choice", "metric": metric, "value": value,
-                "stderr": 0.063, "n": 60, "num_fewshot": 0, "higher_is_better": True, "headline": metric == "acc",
-            })  # fmt: skip
+            facts.append(
+                {
+                    "table": "evaluations",
+                    "variant": variant,
+                    "task": "function_choice",
+                    "metric": metric,
+                    "value": value,
+                    "stderr": 0.063,
+                    "n": 60,
+                    "num_fewshot": 0,
+                    "higher_is_better": True,
+                    "headline": metric == "acc",
+                }
+            )
         return facts
 
     def predictors(self) -> list[dict[str, Any]]:
@@ -238,37 +314,60 @@ class Scribe:
                 (0.5, 0.912, 0.767),
                 (0.75, 0.8, 0.85),
             ):
-                facts.append({
-                    "table": "predictors", "variant": "prosparse@0123abcd", "layer": layer, "cutoff": cutoff, "hidden": 128,
-                    "label_rule": "nonzero", "recall": min(1.0, recall + self.random.uniform(-0.03, 0.02)),
-                    "predicted_sparsity": predicted + self.random.uniform(-0.05, 0.05), "true_sparsity": 0.893,
-                    "num_tokens": 4096,
-                })  # fmt: skip
+                facts.append(
+                    {
+                        "table": "predictors",
+                        "variant": "prosparse@0123abcd",
+                        "layer": layer,
+                        "cutoff": cutoff,
+                        "hidden": 128,
+                        "label_rule": "nonzero",
+                        "recall": min(1.0, recall + self.random.uniform(-0.03, 0.02)),
+                        "predicted_sparsity": predicted + self.random.uniform(-0.05, 0.05),
+                        "true_sparsity": 0.893,
+                        "num_tokens": 4096,
+                    }
+                )
         return facts
 
     def speed(self) -> list[dict[str, Any]]:
         facts = [self.variant("prosparse")]
         times = {
+            "gate": (140.0, 141.0, 1.0),
             "s2": (140.0, 33.0, 9.35),
             "s3": (150.0, 38.0, 9.35),
             "ffn": (430.0, 145.0, 2.47),
-            "decode": (21000.0, 16000.0, 1.54),
         }
-        for kernel, (dense, sparse, limit) in times.items():
-            for provider, p50 in (("torch", dense), ("dense", 0.8 * dense), ("native", sparse)):
-                is_sparse = provider == "native"
-                passed = self.story.gates_pass or kernel != "s3" or not is_sparse
-                facts.append({
-                    "table": "speed", "kernel": kernel, "provider": provider, "variant": "prosparse@0123abcd", "d_model": 576,
-                    "d_ff": 1536, "num_tokens": 1, "dtype": "fp32", "sparsity": 0.893, "mask_source": "recorded", "threads": 1,
-                    "timer": "wall", "cache": "cold", "p20_us": 0.96 * p50, "p50_us": p50, "p80_us": 1.07 * p50, "num_reps": 400,
-                    "gbps": 11.3, "rel_err": 2e-7 if passed else 3e-2, "gate_passed": passed,
-                    "limit_speedup": limit if is_sparse else None, "host": "bench-1", "cpu": "Example CPU 9000", "device": "cpu",
-                })  # fmt: skip
+        kernel_providers = ("torch", "native_dense", "native")
+        for mask_source in ("recorded", "random"):
+            for kernel, (dense, sparse, limit) in times.items():
+                for provider, p50 in zip(kernel_providers, (dense, 0.8 * dense, sparse), strict=True):
+                    fact = self.timing(kernel, provider, p50, limit if provider == "native" else None)
+                    facts.append({**fact, "mask_source": mask_source, "cache": "cold", "timer": "process_cpu"})
+        for provider, p50, most in (("transformers_dense", 21000.0, None), ("transformers_sparse", 16000.0, 1.54)):
+            facts.append({**self.timing("decode", provider, p50, most), "num_tokens": 1, "tokens_per_s": 1e6 / p50})
         return facts
 
+    def timing(self, kernel: str, provider: str, p50: float, limit: float | None) -> dict[str, Any]:
+        passed = self.story.gates_pass or kernel != "s3" or limit is None
+        times = {"p20_us": 0.96 * p50, "p50_us": p50, "p80_us": 1.07 * p50, "gbps": 11.3}
+        shape = {"d_model": 576, "d_ff": 1536, "num_tokens": 64, "dtype": "float32", "threads": 1}
+        machine = {"host": "bench-1", "cpu": "Example CPU 9000", "device": "cpu"}
+        return {
+            **{"table": "speed", "kernel": kernel, "provider": provider, "variant": "prosparse@0123abcd"},
+            **{"sparsity": 0.893, "mask_source": "recorded", "timer": "wall", "num_reps": 400, "gate_passed": passed},
+            **{
+                "rel_err": 2e-7 if passed else 3e-2,
+                "limit_speedup": limit,
+                "note": None if passed else "failed the gate",
+            },
+            **shape,
+            **machine,
+            **(times if passed else dict.fromkeys(times)),
+        }
 
-def write_story(home: Path, **changes: Any) -> tuple[Ledger, Story]:
+
+def write_story(home: Path, scribe: type[Scribe] = Scribe, **changes: Any) -> tuple[Ledger, Story]:
     """A ledger under ``home`` that tells one run; ``changes`` are fields of :class:`Story`."""
     story = Story(**changes)
-    return Scribe(home, story).write(), story
+    return scribe(home, story).write(), story
