@@ -114,8 +114,9 @@ class ReportData:
     @property
     def corpora(self) -> list[str]:
         """In the recipe's order, then what else was measured; never the mixture of all of them."""
-        sources = self.recipe.get("data", {}).get("sources", [])
-        named = [str(s.get("name")) for s in sources if isinstance(s, dict)]
+        section = self.recipe.get("data")
+        sources = section.get("sources") if isinstance(section, dict) else None
+        named = [str(s.get("name")) for s in sources or [] if isinstance(s, dict)]
         measured = [
             r["corpus"] for name in ("scores", "layers", "tradeoff", "cliff") for r in self[name] if r["corpus"]
         ]

@@ -141,7 +141,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_story_becomes_a_page_that_stands_alone(case: str, told: Any, page_of: Any) -> None:
-    _, story, data = told(case)
+    _, story, _data = told(case)
     html = page_of(case)
     page = Page(html)
     assert not {"script", "link", "img", "iframe", "object", "form"} & set(page.tags)
@@ -410,8 +410,14 @@ def test_a_real_browser_shows_it(width: int, told: Any, tmp_path: Path) -> None:
     page = write_report(ledger, story.run_id, tmp_path / "report.html")
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
     subprocess.run(
-        ["chromium", *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},6000"]
-        + [f"--screenshot={tmp_path / 'shot.png'}", page.as_uri()],
+        [
+            "chromium",
+            *flags.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},6000",
+            f"--screenshot={tmp_path / 'shot.png'}",
+            page.as_uri(),
+        ],
         check=True,
         capture_output=True,
         timeout=120,
