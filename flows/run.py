@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import os
 import secrets
 import signal
@@ -22,7 +21,7 @@ from prosparse_core.ledger import Ledger
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import make_folder
 from tasks import preflight
-from tasks.step import STEPS, Finished, Run, provenance
+from tasks.step import STEPS, Finished, Run, process_start, provenance
 
 
 def home_folder() -> Path:
@@ -141,16 +140,15 @@ def _flow_run_id() -> str | None:
 
 def mark_dead_runs(home: Path) -> list[str]:
     """End, as failed, the runs of this host whose process is gone (kill -9, power cut)."""
-    import psutil
-
     ledger = Ledger(home)
     if not ledger.exists():
         return []
 
     def is_alive(run: dict[str, Any]) -> bool:
-        there = json.loads(run["provenance"]) if isinstance(run.get("provenance"), str) else run.get("provenance") or {}
+        there = run["provenance"]
         if there.get("host") != socket.gethostname():
             return True  # another machine's process cannot be seen from here
-        return psutil.pid_exists(int(there.get("pid", -1)))
+        began = process_start(int(there["pid"]))
+        return began is not None and abs(began - there["process_started"]) < 1.0  # else the number was given away anew
 
     return ledger.mark_dead_runs(is_alive)

@@ -174,7 +174,9 @@ class _Attempt:
                     artifact = store.find(self.name, self.label, print_)
                     outcome: Outcome = "cached" if artifact else "done"
                     artifact = artifact or self._make(progress)
-                run.ledger.record_artifact(artifact.path)
+                with run.ledger.together():
+                    run.ledger.record_artifact(artifact.path)
+                    run.ledger.end_step(step_id, status=outcome, artifact=artifact.digest)
         except BaseException as error:
             message = str(error) or type(error).__name__
             hint = getattr(error, "hint", None)
@@ -182,7 +184,6 @@ class _Attempt:
             run.history.append((self.label, None, "failed"))
             run.watcher.outcome(self.label, "failed", message)
             raise
-        run.ledger.end_step(step_id, status=outcome, artifact=artifact.digest)
         run.history.append((self.label, artifact, outcome))
         run.watcher.outcome(self.label, outcome)
         return artifact, outcome
@@ -297,8 +298,19 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "user": getpass.getuser(),
         "pid": os.getpid(),
+        "process_started": process_start(os.getpid()),
         **versions,
     }
+
+
+def process_start(pid: int) -> float | None:
+    """When a process of this host began, in seconds since the epoch; None when there is none of that number."""
+    import psutil
+
+    try:
+        return round(psutil.Process(pid).create_time(), 1)
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _cpu_name() -> str:
