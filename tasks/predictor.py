@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.store import Artifact
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from prosparse_core.predictor import CutoffMetrics
 
+T = TypeVar("T")
 VERSION = 1
 WINDOWS_PER_FORWARD = 4
 HEADLINE_CUTOFF = 0.5
@@ -73,14 +75,12 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
         work.progress.note(f"the held-out text has {testing.num_tokens} tokens, {section.test_tokens} were asked")
     del model
 
-    work.fact("variants", **variant.fact(run.recipe.model.id))
-    found: list[list[CutoffMetrics]] = []
-    for layer, (seen, unseen) in enumerate(zip(training.layers, testing.layers, strict=True)):
+    def one_layer(layer: int) -> list[CutoffMetrics]:
         if predictors.layer_file(work.folder, layer).is_file():  # of an interrupted attempt at this very step
             trained = predictors.load(work.folder, layer)
         else:
             trained = predictors.train(
-                seen,
+                training.layers[layer],
                 hidden=section.hidden,
                 epochs=section.epochs,
                 batch_size=section.batch_size,
@@ -89,8 +89,13 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
                 device=device,
             )
             predictors.save(trained, work.folder, layer)
-        found.append(predictors.evaluate(trained, unseen, section.cutoffs, device))
-        for metrics in found[-1]:
+        return predictors.evaluate(trained, testing.layers[layer], section.cutoffs, device)
+
+    work.fact("variants", **variant.fact(run.recipe.model.id))
+    found: list[list[CutoffMetrics]] = []
+    for layer, metrics_per_cutoff in enumerate(_side_by_side(one_layer, num_layers, device)):
+        found.append(metrics_per_cutoff)
+        for metrics in metrics_per_cutoff:
             work.fact(
                 "predictors",
                 variant=variant.id,
@@ -123,6 +128,23 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
         train_tokens=training.num_tokens,
         num_tokens=testing.num_tokens,
     )
+
+
+def _side_by_side(one_layer: Callable[[int], T], num_layers: int, device: str) -> Iterator[T]:
+    """The layers' results in order; on a CPU as many layers at a time as torch has threads, each on one thread.
+
+    A predictor is too small for several threads to share; and so they add nothing of their own to its weights.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    workers = before if device == "cpu" else 1
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(one_layer, range(num_layers))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _headline(cutoffs: Sequence[float]) -> int:

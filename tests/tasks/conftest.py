@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from prosparse_core.ledger import Ledger
 from prosparse_core.recipe import Recipe, parse
 from prosparse_core.store import Artifact
 from tasks.base_model import base_model
@@ -52,13 +54,6 @@ class Seen:
         self.notes.append(text)
 
 
-class NoLedger:
-    """Takes every call and records nothing: what a step leaves is in its artifact."""
-
-    def __getattr__(self, name: str) -> Callable[..., str]:
-        return lambda *args, **columns: name
-
-
 @dataclass(frozen=True)
 class Base:
     """What a test of a later step starts from."""
@@ -74,8 +69,18 @@ class Base:
 
 
 def make_run(home: Path, recipe: Recipe) -> tuple[Run, Seen]:
-    seen = Seen()
-    return Run(recipe, home, "test", NoLedger(), seen), seen  # type: ignore[arg-type]
+    """A run that writes into the ledger of ``home``, so that facts which do not fit its tables are refused."""
+    ledger, seen, run_id = Ledger(home), Seen(), uuid.uuid4().hex
+    ledger.start_run(
+        run_id=run_id,
+        flow="test",
+        recipe=recipe.name,
+        recipe_yaml=recipe.to_yaml(),
+        overrides=[],
+        model=recipe.model.id,
+        provenance={},
+    )
+    return Run(recipe, home, run_id, ledger, seen), seen
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from prosparse_core import predictor as predictors
+from prosparse_core.recording import LayerRecording, pack_bits
 from prosparse_core.store import Artifact, fingerprint
 from prosparse_core.variants import THRESHOLDS, Variant
-from tasks.predictor import predictor
+from tasks.predictor import _side_by_side, predictor
 
 SECTION = {"hidden": 24, "train_tokens": 700, "test_tokens": 400, "epochs": 3, "batch_size": 64, "lr": 5e-3}
 CUTOFFS = [0.25, 0.45, 0.75]
@@ -72,7 +74,7 @@ def test_the_same_step_gives_the_same_files_and_goes_on_where_it_stopped(
         predictor(run, variant, base.corpora)
     run.force = frozenset()
     again = predictor(run, variant, base.corpora)
-    assert trained == [0, 1, 2, 2], "layers that were finished are not trained again"
+    assert sorted(trained) == [0, 1, 2, 2], "layers that were finished are not trained again"
     assert again.digest == whole.digest
 
 
@@ -93,3 +95,42 @@ def test_too_little_held_out_text_is_said(base: Any) -> None:
     found = artifact.meta()["num_tokens"]
     assert 256 <= found < 5000
     assert any(f"{found} tokens, 5000 were asked" in note for note in seen.notes)
+
+
+def test_the_number_of_threads_changes_no_weight_and_comes_back() -> None:
+    x = torch.randn(900, 300, generator=torch.Generator().manual_seed(0))
+    active = pack_bits(x[:, :200] > 1)
+
+    def one_layer(layer: int) -> tuple[int, torch.Tensor]:
+        recording = LayerRecording(layer, 200, x, active)
+        found = predictors.train(recording, hidden=64, epochs=1, batch_size=256, lr=1e-2, seed=0)
+        return torch.get_num_threads(), found.fc2.weight
+
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(list(_side_by_side(one_layer, 5, "cpu")))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert {threads for run in found for threads, _ in run} == {1}
+    for (_, alone), (_, beside) in zip(*found, strict=True):
+        assert torch.equal(alone, beside)
+    assert not torch.equal(found[0][0][1], found[0][1][1]), "in the order of the layers, each with a seed of its own"
+
+
+def test_a_failure_in_one_layer_ends_the_others() -> None:
+    seen: list[int] = []
+
+    def failing(layer: int) -> int:
+        seen.append(layer)
+        if layer == 1:
+            raise ValueError("layer 1")
+        return layer
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="layer 1"):
+        list(_side_by_side(failing, 10_000, "cpu"))
+    assert torch.get_num_threads() == before
+    assert len(seen) < 10_000
