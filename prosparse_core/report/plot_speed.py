@@ -32,7 +32,7 @@ def speed(data: ReportData) -> Plot:
         row_px, head_px = 40, 34
         height = 34 + head_px * len(kernels) + row_px * len(rows) + 40
         sheet = Sheet(width, height)
-        ax = sheet.axes(0, 30, width - 46, height - 70)
+        ax = sheet.axes(0, 30, width - 8, height - 70)
         ax.set_xlim(0, _reach(rows))
         ax.set_ylim(height - 70, 0)
         ax.spines["left"].set_visible(False)
@@ -55,8 +55,7 @@ def speed(data: ReportData) -> Plot:
             y += head_px
             for row in rows:
                 if row["kernel"] == kernel:
-                    label = ", ".join([_against(row), *own_conditions(row, rows)])
-                    _text(ax, 0, y + 2, clip(label, (width - 46) // 7), color=MUTED)
+                    _label(ax, y + 2, row, ", ".join([_against(row), *own_conditions(row, rows)]))
                     _bar(ax, y + 20, row)
                     y += row_px
         return sheet
@@ -102,7 +101,7 @@ def _reach(rows: list[Record]) -> float:
     tops = [r["speedup_high"] or r["speedup"] for r in rows if r["state"] == "passed"]
     top = max([*tops, 1.25])
     limits = [r["limit_speedup"] for r in rows if r["state"] == "passed" and is_number(r["limit_speedup"])]
-    return max([top * 1.22, *(1.08 * limit for limit in limits if limit <= 2 * top)])
+    return max([top * 1.05, *(1.05 * limit for limit in limits if limit <= 2 * top)])
 
 
 def _text(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
@@ -117,19 +116,15 @@ def _bar(ax: Axes, y: float, row: Record) -> None:
     color = SERIES[2] if row["baseline"] in OWN else SERIES[0]
     ax.barh(y, row["speedup"], height=13, color=color, linewidth=0)
     low, high = row["speedup_low"], row["speedup_high"]
-    end = row["speedup"]
     if is_number(low) and is_number(high):
         ax.plot([low, high], [y, y], color=PAPER, linewidth=3.6)
         ax.plot([low, high], [y, y], color=INK, linewidth=1.3, marker="|", markersize=7, markeredgewidth=1.3)
-        end = max(end, high)
     reach = ax.get_xlim()[1]
     limit = row["limit_speedup"]
-    said = f"limit {ratio(limit)}" if is_number(limit) else "no limit given"
     if is_number(limit) and limit <= reach:
         ax.plot(
             [limit], [y], marker="D", markersize=7, color=SERIES[1], markeredgecolor=GRID, markeredgewidth=0.8, zorder=5
         )
-        end = max(end, limit) if limit - end < 0.16 * reach else end
     elif is_number(limit):
         ax.annotate(
             "",
@@ -137,27 +132,27 @@ def _bar(ax: Axes, y: float, row: Record) -> None:
             (reach * 0.955, y),
             arrowprops={"arrowstyle": "-|>", "color": SERIES[1], "linewidth": 1.4},
         )
-    _say(ax, y, end, ratio(row["speedup"]), said)
 
 
-def _say(ax: Axes, y: float, end: float, value: str, limit: str) -> None:
-    """The numbers behind the bar, or above its end where there is no room behind it."""
-    reach, width = ax.get_xlim()[1], ax.bbox.width
-    value_px, limit_px = 7.4 * len(value) + 6, 6.6 * len(limit)
-    x, dy = 9 + width * end / reach, 0
-    if x + value_px + limit_px > width + 44:
-        x, dy = width + 44 - value_px - limit_px, -13
-    for text, at, weight, color in ((value, x, "bold", INK), (limit, x + value_px, "normal", MUTED)):
+def _label(ax: Axes, y: float, row: Record, name: str) -> None:
+    """The line above a bar: its value, what is compared with what, and at the far end its limit."""
+    value = ratio(row["speedup"]) if row["state"] == "passed" else ""
+    limit = f"limit {ratio(row['limit_speedup'])}" if value and is_number(row["limit_speedup"]) else ""
+    start, room = 7.6 * len(value) + (6 if value else 0), ax.bbox.width - 6.6 * len(limit)
+    behind = {"facecolor": PAPER, "linewidth": 0, "pad": 1.0}
+    _text(ax, 0, y, value, fontweight="bold")
+    for text, x, side in ((clip(name, int((room - start) / 6.4)), start, "left"), (limit, ax.bbox.width, "right")):
         ax.annotate(
             text,
             (0, y),
-            (at, dy),
+            (x, 0),
             textcoords="offset points",
-            ha="left",
+            ha=side,
             va="center",
             fontsize=SMALL,
-            fontweight=weight,
-            color=color,
+            color=MUTED,
+            bbox=behind,
+            zorder=6,
         )
 
 

@@ -37,8 +37,9 @@ def tradeoff(data: ReportData) -> Plot:
         knee = 2 * (budget or 1.0)
         rises = [r["perplexity_increase_pct"] for r in usable if is_number(r["perplexity_increase_pct"])]
         is_steep = max(rises, default=0.0) > 10 * knee
+        is_wide = 0 < 1.6 * min(r["perplexity"] for r in usable) < max(r["perplexity"] for r in usable)
         titles = (
-            "Perplexity (log scale)",
+            "Perplexity (log scale)" if is_wide else "Perplexity",
             f"Rise over t = 0 (%{f', log scale above {plain(knee)}' if is_steep else ''})",
         )
         for box, title, column in zip(boxes, titles, ("perplexity", "perplexity_increase_pct"), strict=True):
@@ -47,7 +48,7 @@ def tradeoff(data: ReportData) -> Plot:
             grid(ax)
             _curves(ax, corpora, usable, column)
             if column == "perplexity":
-                _log_axis(ax, [r[column] for r in usable])
+                _perplexity_axis(ax, [r[column] for r in usable], is_wide)
             else:
                 _rise_axis(ax, budget, knee if is_steep else None)
             named = [r for r in usable if r["corpus"] == corpora[-1] and is_number(r[column])]
@@ -132,10 +133,10 @@ def _curves(ax: Axes, corpora: list[str], rows: list[Record], column: str) -> No
             )
 
 
-def _log_axis(ax: Axes, values: list[float]) -> None:
+def _perplexity_axis(ax: Axes, values: list[float], is_log: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if min(values) > 0:
+    if is_log:
         ax.set_yscale("log")
         marks = (1, 1.5, 2, 3, 4, 5, 6, 8) if max(values) < 8 * min(values) else (1, 2, 5)
         ax.yaxis.set_major_locator(LogLocator(10, subs=marks, numticks=12))

@@ -49,7 +49,7 @@ def training(data: ReportData) -> Plot:
     for row in rows:
         by_stage.setdefault(row["stage"], []).append(row)
     longest = max((len(part) for part in by_stage.values()), default=0)
-    reach = longest // 24 if longest >= 48 else 0
+    reach = min(longest // 24, 50) if longest >= 48 else 0
     losses = [r["lm_loss"] for r in rows if is_number(r["lm_loss"])]
     # Logarithmic where the loss spans more than a factor of three, so that its end is not a flat line.
     is_log = bool(losses) and 0 < 3 * min(losses) < max(losses)
@@ -69,7 +69,8 @@ def training(data: ReportData) -> Plot:
             grid(ax)
             for part in by_stage.values():
                 points = [(r["step"], factor * r[column]) for r in part if is_number(r[column])]
-                _trace(ax, points, SERIES[number_], reach if column != "l1_lambda" else 0)
+                # A short stage is smoothed over less: its own course must stay visible.
+                _trace(ax, points, SERIES[number_], min(reach, len(part) // 8) if column != "l1_lambda" else 0)
             _scale(ax, column, is_log)
             ax.tick_params(labelbottom=column == "sparsity")
             _stages(ax, by_stage, sheet if number_ == 0 else None, width - left - right)

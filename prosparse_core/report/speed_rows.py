@@ -18,11 +18,11 @@ KERNELS = {
 MAIN = ("s2", "s3", "ffn", "decode")
 BASELINES = {
     "torch": "dense torch",
-    "transformers_dense": "the dense model in transformers",
+    "transformers_dense": "dense transformers",
     "native_dense": "our own dense kernel",
     "dense": "our own dense kernel",
 }
-PROVIDERS = {"transformers_sparse": "sparse FFNs in transformers"}
+PROVIDERS = {"transformers_sparse": "sparse FFNs"}
 OWN = ("native_dense", "dense")
 """Baselines of our own: what skipping gains by itself, apart from better code."""
 MOST_BARS = 24

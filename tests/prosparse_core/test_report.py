@@ -409,19 +409,9 @@ def test_a_real_browser_shows_it(width: int, told: Any, tmp_path: Path) -> None:
     ledger, story, _ = told("whole")
     page = write_report(ledger, story.run_id, tmp_path / "report.html")
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
-    subprocess.run(
-        [
-            "chromium",
-            *flags.split(),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            f"--window-size={width},6000",
-            f"--screenshot={tmp_path / 'shot.png'}",
-            page.as_uri(),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}"]
+    command = ["chromium", *flags.split(), *places, f"--window-size={width},6000", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     with Image.open(tmp_path / "shot.png") as image:
         assert image.size[0] == width
         colors = image.convert("RGB").getcolors(1 << 24)
