@@ -207,7 +207,8 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     Raises:
         EnvironmentProblem: less than ``needed_bytes`` are free on the disk of ``folder``.
     """
-    free = shutil.disk_usage(make_folder(folder)).free
+    there = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise EnvironmentProblem(
             f"{what} needs {needed_bytes / 2**30:.1f} GiB, but the disk of {folder} has {free / 2**30:.1f} GiB free",

@@ -48,11 +48,16 @@ FROM loss_curve WHERE run_id = {run} ORDER BY step, stage""",
 SELECT v.setting, e.corpus, e.value AS perplexity, e.n
 FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
 WHERE r.run_id = {run} AND r.step = 'substitute' AND e.metric = 'token_perplexity' ORDER BY v.setting, e.corpus""",
+    "exported": """
+SELECT e.task, e.metric, e.value, e.stderr, e.n, e."limit", e.note
+FROM evaluations e JOIN run_artifacts r USING (artifact)
+WHERE r.run_id = {run} AND r.step = 'export' ORDER BY e.task, e.metric""",
     "scores": """
 SELECT v.setting, variant, e.task, e.corpus, e.metric, e.value, e.stderr, e.n, e.num_fewshot, e."limit",
        e.headline, e.note
 FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
-WHERE r.run_id = {run} AND r.step <> 'substitute' AND (e.task IS NOT NULL OR e.metric = 'token_perplexity')
+WHERE r.run_id = {run} AND r.step NOT IN ('substitute', 'export')
+  AND (e.task IS NOT NULL OR e.metric = 'token_perplexity')
 QUALIFY row_number() OVER (PARTITION BY variant, e.task, e.corpus, e.metric
                            ORDER BY e."limit" IS NOT NULL, r.measured_at DESC, artifact) = 1
 ORDER BY v.setting, e.task, e.corpus, e.metric""",

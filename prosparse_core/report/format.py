@@ -52,6 +52,8 @@ def pct(fraction: Any, decimals: int = 1) -> str:
         return f"{100 * fraction:.0f}{SPACE}%"
     while decimals < 4 and float(f"{100 * fraction:.{decimals}f}") in (0.0, 100.0):
         decimals += 1
+    if 0 < fraction < 1 and float(f"{100 * fraction:.{decimals}f}") in (0.0, 100.0):
+        return f"<{SPACE}0.0001{SPACE}%" if fraction < 0.5 else f">{SPACE}99.9999{SPACE}%"
     return f"{100 * fraction:.{decimals}f}{SPACE}%".replace("-", MINUS)
 
 

@@ -54,6 +54,7 @@ def render(data: ReportData) -> str:
         results=tables.results(data),
         cliff=tables.cliff(data),
         benchmarks=tables.benchmarks(data),
+        exported=tables.exported(data),
         predictors=tables_run.predictors(data),
         speedups=tables_speed.speedups(data),
         timings=tables_speed.timings(data),

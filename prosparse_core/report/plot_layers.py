@@ -109,7 +109,7 @@ def _remarks(dead: dict[int, float], is_any_dead: bool, settings: list[str]) -> 
         name = SETTINGS.get(settings[-1], (settings[-1],))[0]
         return [f"No layer of {name} has a neuron that stayed at zero on every token of every corpus."]
     worst = max(dead, key=lambda k: dead[k])
-    return [f"Most of them are in layer {worst}: at most {pct(dead[worst], 2)} of its neurons."]
+    return [f"Most of them are in layer {worst}: at most {pct(dead[worst])} of its neurons."]
 
 
 def _bounds(values: list[float]) -> tuple[float, float]:

@@ -97,11 +97,8 @@ def _one_kind(rows: list[Record]) -> list[Record]:
 def _curve(ax: Axes, means: list[Record]) -> None:
     usable = [m for m in means if is_number(m["recall"]) and is_number(m["predicted_sparsity"])]
     points = [(100 * m["predicted_sparsity"], 100 * m["recall"], m["cutoff"]) for m in usable]
-    x, y, cutoffs = zip(*points, strict=True)
-    ax.plot(x, y, color=SERIES[0], marker="o", markersize=6)
-    for a, b, cutoff in points:
-        text = f"cutoff {plain(cutoff)}" if cutoff == cutoffs[0] else plain(cutoff)
-        ax.annotate(text, (a, b), (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=SMALL)
+    x, y, _ = zip(*points, strict=True)
+    ax.plot(x, y, color=SERIES[0], marker="o", markersize=6, clip_on=False)
     true = next((m["true_sparsity"] for m in means if is_number(m["true_sparsity"])), None)
     left, right = min(x), max(x)
     if true is not None:
@@ -118,11 +115,26 @@ def _curve(ax: Axes, means: list[Record]) -> None:
         )
         left, right = min(left, 100 * true), max(right, 100 * true)
     span = max(right - left, 4.0)
-    ax.set_xlim(left - 0.34 * span, right + 0.06 * span)
+    ax.set_xlim(left - 0.44 * span, right + 0.06 * span)
     ax.set_ylim(min(y) - 0.16 * max(100.5 - min(y), 3), 100.5)
     ax.set_xlabel("predicted sparsity (%)")
     ax.locator_params(axis="x", nbins=5)
     grid(ax)
+    _name_cutoffs(ax, points)
+
+
+def _name_cutoffs(ax: Axes, points: list[tuple[float, float, float]]) -> None:
+    """The cutoff beside each point; points that lie together share one line of text."""
+    groups: list[tuple[Any, list[tuple[float, float, float]]]] = []
+    for point in points:
+        spot = ax.transData.transform(point[:2])
+        if groups and abs(spot[0] - groups[-1][0][0]) < 40 and abs(spot[1] - groups[-1][0][1]) < 14:
+            groups[-1][1].append(point)
+        else:
+            groups.append((spot, [point]))
+    for i, (_, together) in enumerate(groups):
+        text = ("" if i else "cutoff ") + ", ".join(plain(cutoff) for _, _, cutoff in together)
+        ax.annotate(text, together[0][:2], (-7, -5), textcoords="offset points", ha="right", va="top", fontsize=SMALL)
 
 
 def _by_layer(ax: Axes, rows: list[Record], num_layers: int, most_ticks: int) -> None:

@@ -65,8 +65,8 @@ def speed(data: ReportData) -> Plot:
     zeros = " to ".join(dict.fromkeys(pct(f(sparsities)) for f in (min, max))) if sparsities else NA
     aid = (
         "A bar is the ratio of median times, its whisker is the 20th percentile of the baseline over the 80th of "
-        "the kernel up to the reverse, and the diamond is what the sparsity alone allows, if time went by the weights "
-        "read: a bar beyond it also reads them faster than its baseline does."
+        "the kernel up to the reverse, and the diamond (an arrow where it lies beyond the axis) is what the sparsity "
+        "alone allows, if time went by the weights read: a bar beyond it also reads them faster than its baseline."
     )
     remarks = [f"Conditions: {conditions}; zeros in the mask: {zeros}."] if rows else []
     if more > 0:

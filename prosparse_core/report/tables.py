@@ -135,6 +135,22 @@ def cliff(data: ReportData) -> Grid | None:
     return grid
 
 
+def exported(data: ReportData) -> Grid | None:
+    """What the export scored when it was loaded again, as the step noted it."""
+    columns = [Column("Text", is_number=False), Column("Metric", is_number=False), Column("Value"), Column("n")]
+    grid = Grid("The export, loaded again", [*columns, Column("Remark", is_number=False)])
+    for row in data["exported"]:
+        limit = f"first {row['limit']} documents" if row["limit"] else ""
+        value = (
+            Cell(*spread(row["value"], row["stderr"])) if is_number(row["value"]) else grid.missing("see the remark")
+        )
+        name = str(row["task"]).removeprefix("exported/")
+        grid.rows.append(
+            [Cell(name, limit), Cell(row["metric"]), value, Cell(count(row["n"])), Cell(row["note"] or "")]
+        )
+    return grid if grid.rows else None
+
+
 def benchmarks(data: ReportData) -> Grid | None:
     """Every benchmark score by setting, with its standard error and its conditions."""
     rows = [r for r in data["scores"] if r["task"] and not r["corpus"]]

@@ -60,7 +60,7 @@ def stages(data: ReportData) -> Grid | None:
     first = 0
     for index, stage in enumerate(planned):
         until, ramp = stage.get("until_step"), stage.get("ramp", "constant")
-        steps = f"{first:,}\u2013{until - 1:,}" if isinstance(until, int) and until > first else NA
+        steps = f"{first + 1:,}\u2013{until:,}" if isinstance(until, int) and until > first else NA
         tokens = (
             until * train["tokens_per_step"] if is_number(until) and is_number(train.get("tokens_per_step")) else None
         )
@@ -105,7 +105,9 @@ def steps(data: ReportData) -> Grid:
     columns += [Column("Artifact", is_number=False), Column("Size"), Column("Made from", is_number=False)]
     grid = Grid("Steps and lineage", columns)
     blank = Cell(NOT_APPLICABLE, tone="quiet")
-    for number_, step in enumerate(data["steps"], start=1):
+    # The report is a step of the run it describes, and not yet over when it is written.
+    written = [s for s in data["steps"] if not (s["step"] == "report" and s["status"] == "running")]
+    for number_, step in enumerate(written, start=1):
         status = step["status"]
         inputs = [e for e in data["lineage"] if e["artifact"] == step["artifact"]]
         found = [f"{e['role']} {short(e['input'])[:8]}" for e in inputs]

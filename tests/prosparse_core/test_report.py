@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from report_runs import Scribe, Story, write_story
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.ledger import Ledger
 from prosparse_core.report import closing_tables, collect, write_data, write_report
-from prosparse_core.report.data import ReportData, _one_path
+from prosparse_core.report.data import ReportData
 from prosparse_core.report.format import SPACE, number, pct, ratio
 from prosparse_core.report.page import examples, plots, render, tiles
-from prosparse_core.report.plot_training import smoothed, thinned
-from prosparse_core.report.tables import results
+from prosparse_core.report.tables import benchmarks, exported, results
 from prosparse_core.report.tables_run import stages, steps
 
 EVIL = "<script>alert('x')</script>"
@@ -222,6 +219,17 @@ def test_calibration_text_stays_out_of_the_results(told: Any) -> None:
     assert "substituted" not in {s for s, _ in data.settings}
 
 
+def test_the_check_of_the_export_is_no_benchmark(told: Any) -> None:
+    _, story, data = told("whole")
+    found = benchmarks(data)
+    assert found is not None
+    assert {row[0].text for row in found.rows} == {"function_choice"}
+    check = exported(data)
+    assert check is not None
+    assert [row[0].text for row in check.rows] == sorted(story.corpora)
+    assert exported(told("stopped_early")[2]) is None
+
+
 def test_tiles_say_the_result(told: Any) -> None:
     found = {t.title: t for t in tiles(told("whole")[2])}
     assert found["as fast an FFN"].value == ratio(430 / 145)
@@ -277,7 +285,7 @@ def test_cached_steps_show_as_such(told: Any, page_of: Any) -> None:
     assert "15: 13 made, 2 found in the store" in Page(page_of("whole")).text
     grid = stages(data)
     assert grid is not None
-    assert [row[1].text for row in grid.rows] == ["0–59", "60–79", "80–199", "200–339"]
+    assert [row[1].text for row in grid.rows] == ["1–60", "61–80", "81–200", "201–340"]
     assert grid.rows[-1][2].text == f"{story.stages[-1]['until_step'] * 512:,}"
 
 
@@ -327,22 +335,6 @@ def test_only_the_run_asked_for(tmp_path: Path) -> None:
     assert {r["run_id"] for r in ledger.query("FROM runs").records()} == {Story.run_id, other.run_id}
 
 
-def test_a_run_that_trained_several_settings_shows_the_main_one() -> None:
-    def rows(artifact: str) -> list[dict[str, Any]]:
-        return [{"stage": s, "step": s, "artifact": f"{artifact}{s}"} for s in (0, 1)]
-
-    subjects = {
-        "training": [*rows("l1-"), *rows("ours-")],
-        "checkpoints": [
-            {"variant": "a", "setting": "fixed_l1", "checkpoint": "l1-1"},
-            {"variant": "b", "setting": "prosparse", "checkpoint": "ours-1"},
-            {"variant": "c", "setting": "mine", "checkpoint": "l1-1"},
-        ],
-        "lineage": [{"artifact": "ours-1", "input": "ours-0"}, {"artifact": "l1-1", "input": "l1-0"}],
-    }
-    assert {r["artifact"] for r in _one_path(subjects)} == {"ours-0", "ours-1"}
-
-
 @pytest.mark.parametrize("run_id", ["nobody", "x'; DROP TABLE runs; --", ""])
 def test_an_unknown_run_is_bad_input(run_id: str, told: Any, tmp_path: Path) -> None:
     ledger, _, _ = told("stopped_early")
@@ -373,31 +365,6 @@ def test_closing_tables_are_markdown_that_stays_text(told: Any) -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
         assert all(isinstance(v, str) and "\n" not in v for row in rows for v in row.values())
     assert [key for key, _, _ in closing_tables(told("failed")[2])] == ["results"]
-
-
-FLOATS = st.floats(-1e6, 1e6)
-
-
-@given(st.lists(FLOATS, max_size=60), st.integers(0, 9))
-def test_smoothing_is_the_mean_over_neighbours(values: list[float], reach: int) -> None:
-    slow = []
-    for i in range(len(values)):
-        near = [v for j, v in enumerate(values) if abs(i - j) <= reach]
-        slow.append(sum(near) / len(near))
-    assert smoothed(values, reach) == pytest.approx(slow, abs=1e-6)
-
-
-@given(st.lists(FLOATS, min_size=1, max_size=300), st.integers(4, 80))
-def test_thinning_keeps_the_outline(values: list[float], most: int) -> None:
-    points = list(enumerate(values))
-    kept = thinned(points, most)
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert set(kept) <= set(points)
-    assert [p[0] for p in kept] == sorted({p[0] for p in kept})
-    assert min(v for _, v in kept) == min(values)
-    assert max(v for _, v in kept) == max(values)
-    assert len(kept) <= max(most, 0) + 4
 
 
 @pytest.mark.slow
