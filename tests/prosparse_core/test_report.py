@@ -167,8 +167,8 @@ def test_what_is_missing_says_why(case: str, told: Any) -> None:
     _, _, data = told(case)
     for plot in plots(data):
         assert plot.aid.endswith(".")
-        assert plot.wide or len(plot.missing) > 15
-        assert bool(plot.wide) == bool(plot.narrow)
+        assert plot.paint or len(plot.missing) > 15
+        assert plot.alt.endswith(".") if plot.paint else not plot.wide
     grid = results(data)
     for cell in (cell for row in grid.rows for cell in row if cell.text == "n/a"):
         assert cell.note is not None
