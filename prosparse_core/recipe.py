@@ -148,6 +148,9 @@ class Train(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     l1_reduction: L1Reduction = L1Reduction()
+    freeze: list[Literal["embeddings"]] = []
+    """Weights that stay as they are. The paper trains all; with few tokens AdamW's normalised steps move the rows of
+    rare tokens, in the embeddings and the output head, by noise alone."""
     stages: list[Stage] = Field(min_length=1)
 
     @field_validator("stages")

@@ -49,9 +49,13 @@ class StepMetrics:
 
 
 def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over all weights; decay only on matrices."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW over the weights that are trained (see ``train.freeze``); decay only on matrices."""
+    if "embeddings" in train.freeze:
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
+            layer.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    others = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": others, "weight_decay": 0.0},

@@ -180,3 +180,25 @@ def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
     training._cut_log(log, before=3)
     assert log.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_embeddings_stay_and_the_rest_moves(folders: Path, tied: bool) -> None:
+    train = recipe(freeze=["embeddings"])
+    model = tiny(tie_word_embeddings=tied)
+    use_relu(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = training.make_optimizer(model, train)
+    training.train_stage(
+        model,
+        optimizer,
+        CountedMixture(),  # type: ignore[arg-type]
+        train,
+        0,
+        folders / "0",
+        precision="fp32",
+        runtime=Runtime(),
+        progress=Silent(),
+    )
+    same = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
+    assert same == {"model.embed_tokens.weight", "lm_head.weight"}
