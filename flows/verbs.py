@@ -45,6 +45,7 @@ def _run_with_prefect(arguments: argparse.Namespace) -> str:
 
     make_folder(home_folder() / "prefect")
     os.environ.update(service.environment(home_folder()))
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")  # the console tells what Prefect's lines would repeat
     from prefect import tags
 
     from flows.full import prosparse

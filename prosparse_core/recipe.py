@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
+from prosparse_core.recipe_text import apply_override, explain
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "flows" / "recipes"
 DEFAULT_THRESHOLDS = [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3]
@@ -327,7 +328,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise BadInput(f"{path}: a recipe is a mapping, this is {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        apply_override(raw, override)
     return parse(raw, where=str(path))
 
 
@@ -336,68 +337,6 @@ def parse(raw: dict[str, Any], *, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
+        lines = [explain(e, Recipe) for e in error.errors()]
         count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
         raise BadInput(f"{where}: {count}\n" + "\n".join(f"  - {line}" for line in lines)) from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, eq, text = override.partition("=")
-    if not eq or not key:
-        raise BadInput(f"--set {override!r}: expected key=value, for example train.lr=2e-4")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set {override!r}: the value is not valid YAML: {error}") from error
-    node: Any = raw
-    parts = key.split(".")
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise BadInput(
-                    f"--set {override!r}: {'.'.join(parts[:i])} has entries 0 to {len(node) - 1}, not {part!r}"
-                )
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-        else:
-            raise BadInput(f"--set {override!r}: {'.'.join(parts[:i])} is a plain value and has no part {part!r}")
-        if last:
-            node[index] = value
-        else:
-            node = node[index] if isinstance(node, list) else node.setdefault(index, {})
-
-
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: place, what, value, nearest name."""
-    loc = error["loc"]
-    place = ""
-    for part in loc:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-    value = error.get("input")
-    if error["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        rest = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{place}: unknown key; {rest}"
-    if error["type"] == "missing":
-        return f"{place}: required, but missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-    return f"{place}: {message}{shown}" if place else message
-
-
-def _keys_at(loc: Sequence[Any]) -> list[str]:
-    """The known keys of the section a place lies in."""
-    section: Any = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        inner = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)

@@ -163,8 +163,8 @@ def test_a_file_that_is_no_recipe_says_so(tmp_path: Path, text: str) -> None:
 
 
 def test_overrides_reach_sections_and_list_entries() -> None:
-    loaded = recipes.load("tiny", ["train.lr=2e-4", "train.stages.1.l1=0.25", "runtime.threads=1"])
-    assert (loaded.train.lr, loaded.train.stages[1].l1, loaded.runtime.threads) == (2e-4, 0.25, 1)
+    loaded = recipes.load("tiny", ["train.lr=2e-4", "train.stages.1.l1=0.05", "runtime.threads=1"])
+    assert (loaded.train.lr, loaded.train.stages[1].l1, loaded.runtime.threads) == (2e-4, 0.05, 1)
 
 
 @pytest.mark.parametrize("override", ["train.lr", "train.stages.9.l1=1", "seed.x=1", "train.stages.0.ll=1"])
