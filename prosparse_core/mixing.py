@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,14 +96,8 @@ def block_counts(sources: list[Source]) -> dict[str, int]:
     """Samples of each source in a block of ``BLOCK``: its share of the weights, by the largest remainder.
 
     Raises:
-        BadInput: a weight above 0 that is too small to get one sample; a name that cannot be a file name.
+        BadInput: a weight above 0 that is too small to get one sample.
     """
-    for source in sources:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", source.name) or source.name == CHOICES:
-            raise BadInput(
-                f"source name {source.name!r} cannot be a file name here",
-                hint=f"letters, digits, '.', '_' and '-'; not {CHOICES!r}",
-            )
     whole = sum(source.weight for source in sources)
     exact = [source.weight / whole * BLOCK for source in sources]
     counts = [math.floor(share) for share in exact]

@@ -313,12 +313,6 @@ def test_a_weight_too_small_to_be_sampled_is_refused() -> None:
         block_counts(weighted(1, 0.0001))
 
 
-@pytest.mark.parametrize("name", ["choices", "a/b", "", "..", "a b"])
-def test_a_name_must_be_a_file_name(name: str) -> None:
-    with pytest.raises(BadInput, match="cannot be a file name"):
-        block_counts([Source(name=name, kind="python-code", weight=1)])
-
-
 # another process
 
 

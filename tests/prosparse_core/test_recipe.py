@@ -131,6 +131,9 @@ def test_bad_values_are_named(change: dict[str, Any], expected: str) -> None:
         ([{"name": "a", "kind": "python-code", "weight": 0}], "weights of all sources are 0"),
         ([{"name": "a", "kind": "python-code", "weight": 1}] * 2, "same name: a"),
         ([{"name": "mixed", "kind": "python-code", "weight": 1}], "cannot be named 'mixed'"),
+        ([{"name": "choices", "kind": "python-code", "weight": 1}], "cannot be named 'choices'"),
+        ([{"name": "a/b", "kind": "python-code", "weight": 1}], "(got 'a/b')"),
+        ([{"name": "..", "kind": "python-code", "weight": 1}], "(got '..')"),
         ([{"name": "a", "kind": "files", "path": "x", "weight": 1, "prompt": "{q}"}], "prompt and answer go together"),
     ],
 )
