@@ -18,7 +18,6 @@ from prosparse_core.store import verify
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PROSPARSE = [sys.executable, "-m", "flows.cli"]
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = (
     4 + 4 + 4 + 3
 )  # model, mixture, substitute, calibrate; stages; variants; predictor, speed, export + report below
@@ -28,7 +27,7 @@ def prosparse(home: Path, *arguments: str, check: bool = True) -> subprocess.Com
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     done = subprocess.run(
         [*PROSPARSE, *arguments],
-        cwd=ROOT,
+        cwd=home,  # not the repository: a server that `prosparse up` left on there must not be used
         env={**environment, "PROSPARSE_HOME": str(home)},
         capture_output=True,
         text=True,
