@@ -7,7 +7,7 @@ x1 = act(gate(x)) * up(x) is the input of down.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import BadInput
@@ -34,29 +34,20 @@ class Family:
     """The key of the Hugging Face config that names the activation."""
 
 
+LLAMA = Family(
+    name="llama",
+    model_types=("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma"),
+    layers="model.layers",
+    ffn="mlp",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+    act="act_fn",
+    config_key="hidden_act",
+)
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="llama",
-        model_types=("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma"),
-        layers="model.layers",
-        ffn="mlp",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        act="act_fn",
-        config_key="hidden_act",
-    ),
-    Family(
-        name="gemma2",
-        model_types=("gemma2",),
-        layers="model.layers",
-        ffn="mlp",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        act="act_fn",
-        config_key="hidden_activation",
-    ),
+    LLAMA,
+    replace(LLAMA, name="gemma2", model_types=("gemma2",), config_key="hidden_activation"),
 )
 
 

@@ -7,8 +7,7 @@ session under equal conditions. What cannot be measured is None with a reason, n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +64,7 @@ def _has_compiler() -> bool:
 def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
     from kernels import cpu
     from kernels.bench import bench_layers
+    from kernels.measure import torch_threads
     from prosparse_core.decode import ffn_thresholds
     from prosparse_core.mixing import Mixture
     from prosparse_core.recording import held_out_windows
@@ -80,7 +80,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
     thresholds = ffn_thresholds(model)
     windows = list(held_out_windows(Mixture(corpora.path, run.recipe.seed), tokenizer))
     report = _Reporter(work, run, variant, None if native else f"no native kernels: {native.why}")
-    with _torch_threads(section.threads):
+    with torch_threads(section.threads):
         recording = _record(model, windows, section.num_tokens)
         weights, inputs = _weights(model), [layer.inputs for layer in recording.layers]
         rows = bench_layers(
@@ -163,18 +163,6 @@ def _random_inputs(
         inputs.append(x)
         thresholds.append(threshold)
     return inputs, thresholds
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Reporter:
