@@ -37,22 +37,20 @@ class Curve:
     max_ppl_increase_pct: float
 
     def increase_pct(self, trial: Trial) -> float:
-        """The worst rise of perplexity over threshold 0, in per cent, over the corpora and their mixture."""
+        """The rise of the mixture's perplexity over threshold 0, in per cent."""
         return increase_pct(trial, self.trials[0])
 
 
 def increase_pct(trial: Trial, base: Trial) -> float:
-    """How much perplexity rose over ``base``, in per cent: the worst of the mixture and each corpus."""
-    rises = [trial.mixed.perplexity / base.mixed.perplexity]
-    rises += [trial.per_corpus[c].perplexity / base.per_corpus[c].perplexity for c in base.per_corpus]
-    return 100 * (max(rises) - 1)
+    """How much the perplexity of all corpora together rose over ``base``, in per cent."""
+    return 100 * (trial.mixed.perplexity / base.mixed.perplexity - 1)
 
 
 def calibrate(
     measure: Callable[[float], Mapping[str, Measured]],
     thresholds: Sequence[float],
     max_ppl_increase_pct: float,
-    refine: int = 2,
+    refine: int = 4,
 ) -> Curve:
     """The curve over a grid of thresholds and the largest threshold within the budget.
 
@@ -62,7 +60,7 @@ def calibrate(
     Args:
         measure: threshold -> one measurement per corpus, on calibration data.
         thresholds: rising, starting with 0.
-        max_ppl_increase_pct: the budget, in per cent over threshold 0, for the mixture and for each corpus.
+        max_ppl_increase_pct: the budget, in per cent of the mixture's perplexity over threshold 0.
         refine: bisection steps.
     """
     trials: list[Trial] = []

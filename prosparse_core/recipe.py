@@ -200,7 +200,7 @@ class Calibrate(Section):
 
     thresholds: list[float] = DEFAULT_THRESHOLDS
     max_ppl_increase_pct: float = Field(default=1.0, ge=0)
-    refine: int = Field(default=2, ge=0, le=8)
+    refine: int = Field(default=4, ge=0, le=8)
     """Bisection steps between the last threshold within the budget and the first one beyond it."""
 
     @field_validator("thresholds")

@@ -7,7 +7,7 @@ from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import THRESHOLDS, Variant
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 
 
 def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:

@@ -28,11 +28,12 @@ def test_the_largest_threshold_within_the_budget_is_found_by_bisection() -> None
     assert 0.0707 - 0.05 / 2**6 <= finer.chosen <= 0.0707107
 
 
-def test_every_corpus_must_keep_the_budget() -> None:
-    curve = calibrate(curve_of(a=lambda t: 0.0, b=lambda t: t / 10), GRID, 1.0, refine=4)
-    assert curve.chosen == pytest.approx(0.1, abs=0.01)
+def test_the_budget_is_the_mixtures_every_token_counting_once() -> None:
+    curve = calibrate(curve_of(a=lambda t: 0.0, b=lambda t: t / 5), GRID, 1.0, refine=6)
+    # sqrt(1 + t / 5) = 1.01 at t = 0.1005
+    assert curve.chosen == pytest.approx(0.1005, abs=0.1 / 2**5)
     chosen = next(t for t in curve.trials if t.threshold == curve.chosen)
-    assert increase_pct(chosen, curve.trials[0]) <= 1.0
+    assert increase_pct(chosen, curve.trials[0]) <= 1.0 < increase_pct(curve.trials[-1], curve.trials[0])
 
 
 def test_the_walk_stops_once_the_budget_is_far_behind() -> None:
