@@ -9,7 +9,6 @@ import getpass
 import json
 import os
 import platform
-import shutil
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import Ledger
 from prosparse_core.progress import Progress
 from prosparse_core.recipe import Recipe
-from prosparse_core.store import FACTS, Artifact, Store, fingerprint, make_folder
+from prosparse_core.store import FACTS, Artifact, Store, fingerprint, make_folder, require_space
 
 STEPS = (
     "base_model",
@@ -191,13 +190,8 @@ class _Attempt:
     def _make(self, progress: Progress) -> Artifact:
         store = self.run.store
         folder = store.work_folder(self.name, fingerprint(self.payload))
+        require_space(folder, self.needs_bytes, self.label)
         make_folder(folder)
-        free = shutil.disk_usage(folder).free
-        if free < self.needs_bytes:
-            raise EnvironmentProblem(
-                f"{self.label} needs {self.needs_bytes / 2**30:.1f} GiB, {folder} has {free / 2**30:.1f} GiB free",
-                hint="free some space, or set PROSPARSE_HOME to a folder on a larger disk",
-            )
         work = Work(folder, progress)
         began = time.monotonic()
         try:
