@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from prefect import flow
-from tasks.evaluate import evaluate
-from tasks.export import export
-from tasks.predictor import predictor
-from tasks.report import report
-from tasks.speed import speed
 
 from flows.run import open_run
 from prosparse_core.variants import Variant
 from tasks.base_model import base_model
 from tasks.calibrate import calibrate
+from tasks.evaluate import evaluate
+from tasks.export import export
 from tasks.mixture import mixture
+from tasks.predictor import predictor
+from tasks.report import report
+from tasks.speed import speed
 from tasks.stage import train_stage
 from tasks.step import Run
 from tasks.substitute import substitute
