@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prosparse_core.families import find_ffns
 from prosparse_core.recipe import L1Reduction
+from prosparse_core.sparsity import l1_and_live
 
 
 class _AddL1Gradient(torch.autograd.Function):
@@ -72,9 +73,9 @@ class L1Regularizer:
         with torch.no_grad():
             kept = x1.detach() if mask is None else x1.detach()[mask]
             num_tokens = kept.numel() // kept.shape[-1]
-            # An L1 norm accumulates in float32 without a float32 copy of x1.
-            self._abs.append(torch.linalg.vector_norm(kept, 1, dtype=torch.float32))
-            self._zeros.append(kept.numel() - torch.count_nonzero(kept))
+            absolute, live = l1_and_live(kept)
+            self._abs.append(absolute)
+            self._zeros.append(kept.numel() - live)
         self._count += num_tokens
         if self.l1_lambda == 0 or not torch.is_grad_enabled() or not x1.requires_grad:
             return None

@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from prosparse_core.families import find_ffns
 
 
+def l1_and_live(x1: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of |x1| in float32, number of non-zeros) of a tensor of any shape, as 0-dim tensors; -0.0 is a zero."""
+    magnitude = x1.abs()
+    # torch compares 16-bit floats with zero one by one, integers many at a time; abs() has cleared the sign of -0.0.
+    bits = magnitude.view(torch.int16) if magnitude.element_size() == 2 else magnitude
+    return magnitude.sum(dtype=torch.float32), torch.count_nonzero(bits)
+
+
 @dataclass(frozen=True)
 class LayerSparsity:
     """Statistics of one layer over ``num_tokens`` token positions."""
@@ -48,7 +56,7 @@ class SparsityMeter:
     def _on_down(self, layer: int, x1: Tensor) -> None:
         x1_TF = x1.detach().flatten(0, -2) if self.mask is None else x1.detach()[self.mask]
         self._tokens[layer] += x1_TF.shape[0]
-        self._abs[layer] += float(torch.linalg.vector_norm(x1_TF, 1, dtype=torch.float32))
+        self._abs[layer] += float(x1_TF.abs().sum(dtype=torch.float32))
         self._alive[layer] += torch.count_nonzero(x1_TF, dim=0).cpu()
 
     def layers(self) -> list[LayerSparsity]:
