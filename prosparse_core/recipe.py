@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe_text import apply_override, explain
+from prosparse_core.recipe_train import Distill, Section, Train
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "flows" / "recipes"
 DEFAULT_THRESHOLDS = [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3]
-
-
-class Section(BaseModel):
-    """A closed, immutable part of a recipe: unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Shape(Section):
@@ -119,85 +113,12 @@ class Data(Section):
         return sources
 
 
-class L1Reduction(Section):
-    """How |x1| becomes one number. The paper does not say; the default is sum over layers of the mean over elements."""
-
-    tokens: Literal["mean"] = "mean"
-    d_ff: Literal["mean", "sum"] = "mean"
-    layers: Literal["sum", "mean"] = "sum"
-
-
-class Stage(Section):
-    """One regularization stage: ``l1`` is lambda at its end; ``until_step`` is accumulated (paper, Table 6)."""
-
-    until_step: int = Field(gt=0)
-    l1: float = Field(ge=0)
-    ramp: Literal["constant", "sine"] = "constant"
-    phase: Literal["prosparse", "decay", "sft"] = "prosparse"
-
-
-class Train(Section):
-    """Continual training with progressive sparsity regularization (paper, section 3 and Algorithm 1)."""
-
-    tokens_per_step: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
-    """Sequences per forward pass; default: the whole step."""
-    lr: float = Field(gt=0)
-    lr_min_ratio: float = Field(default=0.1, ge=0, le=1)
-    warmup_steps: int = Field(default=0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0)
-    grad_clip: float = Field(default=1.0, gt=0)
-    l1_reduction: L1Reduction = L1Reduction()
-    freeze: list[Literal["embeddings"]] = []
-    """Weights that stay as they are. The paper trains all; with few tokens AdamW's normalised steps move the rows of
-    rare tokens, in the embeddings and the output head, by noise alone."""
-    stages: list[Stage] = Field(min_length=1)
-
-    @field_validator("stages")
-    @classmethod
-    def _ordered(cls, stages: list[Stage]) -> list[Stage]:
-        problems = []
-        if stages[0].l1 != 0:
-            problems.append(f"stages[0].l1={stages[0].l1}: stage 0 only substitutes the activation, its lambda is 0")
-        for i, (before, stage) in enumerate(pairwise(stages), start=1):
-            if stage.until_step <= before.until_step:
-                problems.append(
-                    f"stages[{i}].until_step={stage.until_step} must exceed stages[{i - 1}].until_step="
-                    f"{before.until_step} (steps are accumulated, not per stage)"
-                )
-            if stage.l1 < before.l1 and stage.phase != "sft":
-                problems.append(
-                    f"stages[{i}].l1={stage.l1} is below stages[{i - 1}].l1={before.l1}: lambda never falls "
-                    "(Algorithm 1), except in a stage with phase: sft"
-                )
-            if stage.ramp == "sine" and i == 1:
-                problems.append("stages[1].ramp=sine: the warm-up stage is flat (Algorithm 1); use ramp: constant")
-            if stage.ramp == "constant" and i > 1 and stage.l1 != before.l1 and stage.phase != "sft":
-                problems.append(
-                    f"stages[{i}].ramp=constant jumps from lambda {before.l1} to {stage.l1}; "
-                    "use ramp: sine, or the same l1 as the stage before"
-                )
-        if problems:
-            raise ValueError("; ".join(problems))
-        return stages
-
-    @property
-    def total_steps(self) -> int:
-        return self.stages[-1].until_step
-
-    @property
-    def total_tokens(self) -> int:
-        return self.total_steps * self.tokens_per_step
-
-    def tokens_after(self, stage: int) -> int:
-        """Tokens seen when a stage ends."""
-        return self.stages[stage].until_step * self.tokens_per_step
-
-
 class Calibrate(Section):
     """Threshold shifting (paper, section 3.3): the FATReLU curve and the rule that picks from it."""
 
+    rule: Literal["grid", "cett"] = "grid"
+    """grid: one threshold for all layers. cett: one per layer, all losing the same share of their output
+    (CETT-PPL-p %, arXiv 2411.02335); the grid is then measured as well, to compare with and to fall back on."""
     thresholds: list[float] = DEFAULT_THRESHOLDS
     max_ppl_increase_pct: float = Field(default=1.0, ge=0)
     refine: int = Field(default=4, ge=0, le=8)
@@ -218,6 +139,13 @@ class Evaluate(Section):
     limit: int | None = Field(default=None, gt=0)
     """At most this many documents per task; marks the rows as partial."""
     choice: bool = True
+    benchmarks: list[str] = []
+    """Further benchmarks: names of ours (``piqa``, ``gsm8k``), of a group (``commonsense``, ``paper``: all of the
+    paper's) or of any lm-eval task."""
+    datasets: str | None = None
+    """A folder laid out like the hub (``DATASETS/owner/name/...``) to take their data from; None: the hub itself."""
+    run_code: bool = False
+    """Allow benchmarks that execute code the model wrote (HumanEval, MBPP), in a limited subprocess."""
 
 
 class Predictor(Section):
@@ -249,6 +177,76 @@ class Speed(Section):
     decode_tokens: int = Field(default=48, gt=0)
 
 
+SettingName = Literal[
+    "original",
+    "original_continued",
+    "vanilla_relu",
+    "shifted_relu",
+    "fixed_l1",
+    "prosparse_star",
+    "prosparse",
+    "linear_ramp",
+    "exponential_ramp",
+    "drelu",
+    "distilled",
+    "closed_loop",
+]
+
+
+class Imported(Section):
+    """A checkpoint somebody else trained, to be evaluated beside ours (and calibrated, if it is a ReLU model)."""
+
+    setting: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """The name of its row, such as relullama."""
+    source: str
+    revision: str | None = None
+    activation: Literal["original", "relu"] = "relu"
+
+
+class Compare(Section):
+    """Which settings ``prosparse compare`` trains under equal tokens and in the same data order (paper, Table 1)."""
+
+    settings: list[SettingName] = [
+        "original",
+        "original_continued",
+        "vanilla_relu",
+        "fixed_l1",
+        "prosparse_star",
+        "prosparse",
+    ]
+    shift: float | None = Field(default=None, gt=0)
+    """b of shifted_relu."""
+    fixed_l1: list[float] = []
+    """Factors of fixed_l1, one row each; default: the last factor of the stages."""
+    target_sparsity: float | None = Field(default=None, gt=0, lt=1)
+    """Where closed_loop steers to, before thresholds."""
+    distill: Distill | None = None
+    """How distilled learns from the dense original."""
+    seeds: dict[SettingName, list[int]] = {}
+    """Further seeds (data order after stage 0) of some settings."""
+    imported: list[Imported] = []
+
+    @field_validator("fixed_l1")
+    @classmethod
+    def _factors(cls, factors: list[float]) -> list[float]:
+        if any(f <= 0 for f in factors) or len(set(factors)) < len(factors):
+            raise ValueError("factors above 0, each once")
+        return factors
+
+    @model_validator(mode="after")
+    def _complete(self) -> Compare:
+        needs = {"shifted_relu": "shift", "closed_loop": "target_sparsity", "distilled": "distill"}
+        missing = [
+            f"{s} needs compare.{key}" for s, key in needs.items() if s in self.settings and not getattr(self, key)
+        ]
+        if missing:
+            raise ValueError("; ".join(missing))
+        absent = [s for s in self.seeds if s not in self.settings]
+        if absent:
+            raise ValueError(f"seeds of {', '.join(absent)}, which compare.settings does not name")
+        return self
+
+
 class Runtime(Section):
     """Where and how it runs: outside the identity of every result."""
 
@@ -272,6 +270,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     predictor: Predictor = Predictor()
     speed: Speed = Speed()
+    compare: Compare = Compare()
     hardware: Hardware | None = None
     runtime: Runtime = Runtime()
 

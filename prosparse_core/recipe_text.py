@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ def explain(error: Any, root: type[BaseModel]) -> str:
         return f"{place}: unknown key; {rest}"
     if error["type"] == "missing":
         return f"{place}: required, but missing"
+    if error["type"] == "literal_error" and isinstance(value, str):
+        names = re.findall(r"'([^']+)'", str(error["ctx"]["expected"]))
+        near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+        return f"{place}: {value!r} is none of {', '.join(names)}" + (f"; did you mean {near[0]!r}?" if near else "")
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""

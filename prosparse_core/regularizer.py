@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prosparse_core.families import find_ffns
-from prosparse_core.recipe import L1Reduction
+from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.sparsity import l1_and_live
 
 

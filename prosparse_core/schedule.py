@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from prosparse_core.recipe import Stage, Train
+from prosparse_core.recipe_train import Stage, Train
 
 
 def stage_of(stages: list[Stage], step: int) -> int:

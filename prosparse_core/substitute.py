@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from prosparse_core.activations import FATReLU, ReLU
+from prosparse_core.activations import FATReLU, ReLU, ShiftedReLU
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
+
+UNKNOWN_TO_TRANSFORMERS = "prosparse_"
+"""Before the name of an activation in a saved config: only the pipeline, which puts it in again, can load that."""
 
 
 def substitute(model: nn.Module, make: Callable[[int], nn.Module]) -> int:
@@ -31,6 +35,36 @@ def use_relu(model: nn.Module) -> int:
     family = find_ffns(model)[0].family
     setattr(model.config, family.config_key, "relu")
     return swapped
+
+
+def use_activation(model: nn.Module, activation: str, shift: float | None = None) -> int:
+    """Substitute by name: original (nothing is swapped), relu, shifted_relu (needs ``shift``) or drelu.
+
+    dReLU puts ReLU on gate and up (arXiv 2406.05955). A saved shifted_relu or drelu model is refused by a plain
+    reload: its config names an activation that transformers does not have.
+
+    Returns:
+        The number of swapped activations.
+    """
+    if activation == "original":
+        return 0
+    if activation == "relu":
+        return use_relu(model)
+    if activation == "shifted_relu":
+        assert shift is not None, "shifted_relu has a shift"
+        swapped = substitute(model, lambda layer: ShiftedReLU(shift))
+    elif activation == "drelu":
+        swapped = substitute(model, lambda layer: ReLU())
+        for ffn in find_ffns(model):
+            ffn.up.register_forward_hook(_relu_of_output)
+    else:
+        raise BadInput(f"unknown activation {activation!r}", hint="original, relu, shifted_relu or drelu")
+    setattr(model.config, find_ffns(model)[0].family.config_key, UNKNOWN_TO_TRANSFORMERS + activation)
+    return swapped
+
+
+def _relu_of_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.relu(output)
 
 
 def use_thresholds(model: nn.Module, thresholds: Sequence[float]) -> int:

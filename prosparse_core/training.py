@@ -18,7 +18,8 @@ from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Mixture
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.progress import Progress
-from prosparse_core.recipe import Runtime, Train
+from prosparse_core.recipe import Runtime
+from prosparse_core.recipe_train import Train
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.schedule import first_step, l1_lambda, learning_rate
 

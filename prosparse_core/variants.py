@@ -25,9 +25,14 @@ class Variant:
     """original, substituted (ReLU, untrained), vanilla_relu, prosparse_star, prosparse, ..."""
     checkpoint: Artifact
     activation: str
-    """original, relu or fatrelu."""
+    """original, relu, shifted_relu, drelu or fatrelu (ReLU with thresholds)."""
     thresholds: Artifact | None = None
     tokens_seen: int = 0
+    shift: float | None = None
+    """b of shifted_relu."""
+    seed: int | None = None
+    l1: float | None = None
+    """The factor at the end of training: with the seed it tells rows of one setting apart."""
 
     @property
     def inputs(self) -> dict[str, Artifact]:
@@ -38,7 +43,8 @@ class Variant:
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"setting": self.setting, "activation": self.activation}
+        shift = {} if self.shift is None else {"shift": repr(self.shift)}
+        return {"setting": self.setting, "activation": self.activation, **shift}
 
     @property
     def id(self) -> str:
@@ -56,6 +62,8 @@ class Variant:
             "checkpoint": self.checkpoint.digest,
             "thresholds": None if self.thresholds is None else self.thresholds.digest,
             "tokens_seen": self.tokens_seen,
+            "seed": self.seed,
+            "l1": self.l1,
         }
 
     def layer_thresholds(self) -> list[float] | None:
@@ -70,11 +78,10 @@ def read_thresholds(folder: Path) -> list[float]:
 
 def load_variant(variant: Variant, device: str = "cpu") -> tuple[Any, Any]:
     """(model in fp32, eval mode, with the variant's activation; tokenizer)."""
-    from prosparse_core.substitute import use_relu, use_thresholds
+    from prosparse_core.substitute import use_activation, use_thresholds
 
     model, tokenizer = load_model(variant.checkpoint.path / MODEL, device)
-    if variant.activation != "original":
-        use_relu(model)
+    use_activation(model, "relu" if variant.activation == "fatrelu" else variant.activation, variant.shift)
     if variant.activation == "fatrelu":
         thresholds = variant.layer_thresholds()
         assert thresholds is not None, "a fatrelu variant has thresholds"
@@ -88,13 +95,21 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     Raises:
         BadInput: no config there, or an architecture of no known family (said before any weight is read).
     """
-    check_folder(folder)
+    found = check_folder(folder)
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from prosparse_core.families import family_of
+    from prosparse_core.substitute import UNKNOWN_TO_TRANSFORMERS
+
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    family = family_of(str(found["model_type"]))
+    assert family is not None, "check_folder knows the family"
+    if str(getattr(config, family.config_key)).startswith(UNKNOWN_TO_TRANSFORMERS):
+        setattr(config, family.config_key, "relu")  # the caller puts the activation in: a variant names it
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
     return model.to(device).eval(), load_tokenizer(folder)
 
 

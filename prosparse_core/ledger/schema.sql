@@ -51,7 +51,7 @@ COMMENT ON TABLE lineage IS 'One row per input of an artifact; lineage_of(digest
 
 CREATE TABLE variant_facts (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, model VARCHAR NOT NULL, setting VARCHAR NOT NULL,
-  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT
+  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT, seed BIGINT, l1 DOUBLE
 );
 COMMENT ON TABLE variant_facts IS 'Which variants an artifact measures; ask the view variants.';
 
@@ -66,7 +66,8 @@ COMMENT ON TABLE train_metrics IS 'The training log: one row per logged optimize
 CREATE TABLE sparsity (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, corpus VARCHAR NOT NULL,
   layer INTEGER NOT NULL CHECK (layer >= 0), threshold DOUBLE, num_tokens BIGINT NOT NULL,
-  sparsity DOUBLE NOT NULL CHECK (sparsity BETWEEN 0 AND 1), dead_frac DOUBLE, mean_abs_x1 DOUBLE
+  sparsity DOUBLE NOT NULL CHECK (sparsity BETWEEN 0 AND 1), dead_frac DOUBLE, mean_abs_x1 DOUBLE,
+  mean_abs_live DOUBLE, chunk_sparsity DOUBLE
 );
 COMMENT ON TABLE sparsity IS
   'Share of exact zeros in x1 by variant, corpus and layer. Means over layers are in results and leaderboard.';
@@ -74,7 +75,7 @@ COMMENT ON TABLE sparsity IS
 CREATE TABLE thresholds (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, rule VARCHAR NOT NULL, scope VARCHAR NOT NULL,
   threshold DOUBLE NOT NULL, corpus VARCHAR NOT NULL, num_tokens BIGINT NOT NULL, perplexity DOUBLE, sparsity DOUBLE,
-  chosen BOOLEAN NOT NULL
+  chosen BOOLEAN NOT NULL, cett DOUBLE
 );
 COMMENT ON TABLE thresholds IS
   'The calibration curve: what every tried FATReLU threshold cost in perplexity and brought in sparsity.';

@@ -29,7 +29,8 @@ COMMENT ON VIEW steps IS
   'Every step of every run: made (done), taken from the store (cached), running or failed.';
 
 CREATE VIEW variants AS
-  SELECT DISTINCT variant, model, setting, activation, checkpoint, thresholds, tokens_seen FROM variant_facts;
+  SELECT DISTINCT variant, model, setting, activation, checkpoint, thresholds, tokens_seen, seed, l1
+  FROM variant_facts;
 COMMENT ON VIEW variants IS
   'What is measured: a checkpoint with its activation and thresholds; a row of the paper''s tables.';
 

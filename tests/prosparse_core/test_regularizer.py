@@ -9,7 +9,7 @@ import torch
 from models import tiny, tokens
 
 from prosparse_core.families import find_ffns
-from prosparse_core.recipe import L1Reduction
+from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.substitute import use_relu
 from prosparse_core.training import next_token_loss

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prosparse_core import recipe as recipes
-from prosparse_core.recipe import Stage, Train
+from prosparse_core.recipe_train import Stage, Train
 from prosparse_core.schedule import first_step, l1_lambda, learning_rate, stage_of
 
 

@@ -14,7 +14,8 @@ from prosparse_core import checkpoint, training
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
 from prosparse_core.progress import Silent
-from prosparse_core.recipe import Runtime, Stage, Train
+from prosparse_core.recipe import Runtime
+from prosparse_core.recipe_train import Stage, Train
 from prosparse_core.schedule import l1_lambda, learning_rate
 from prosparse_core.substitute import use_relu
 

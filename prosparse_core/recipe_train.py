@@ -1,0 +1,131 @@
+"""The part of a recipe that says how a model is trained: stages, lambda, activation, optimizer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A closed, immutable part of a recipe: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class L1Reduction(Section):
+    """How |x1| becomes one number. The paper does not say; the default is sum over layers of the mean over elements."""
+
+    tokens: Literal["mean"] = "mean"
+    d_ff: Literal["mean", "sum"] = "mean"
+    layers: Literal["sum", "mean"] = "sum"
+
+
+class Distill(Section):
+    """Learn from the dense original: loss + weight * temperature^2 * KL(original || model), per predicted token."""
+
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class Stage(Section):
+    """One regularization stage: ``l1`` is lambda at its end; ``until_step`` is accumulated (paper, Table 6)."""
+
+    until_step: int = Field(gt=0)
+    l1: float = Field(ge=0)
+    ramp: Literal["constant", "sine", "linear", "exponential"] = "constant"
+    """How lambda goes from the stage before to ``l1``; the paper's is sine."""
+    target_sparsity: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of ``l1``: steer lambda until this share of x1 is zero (before thresholds)."""
+    distill: Distill | None = None
+    phase: Literal["prosparse", "decay", "sft"] = "prosparse"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _l1_or_target(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("target_sparsity") is not None:
+            if raw.get("l1"):
+                raise ValueError("give either l1 or target_sparsity")
+            return {**raw, "l1": 0.0}
+        return raw
+
+
+class Train(Section):
+    """Continual training with progressive sparsity regularization (paper, section 3 and Algorithm 1)."""
+
+    tokens_per_step: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Sequences per forward pass; default: the whole step."""
+    lr: float = Field(gt=0)
+    lr_min_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    activation: Literal["relu", "shifted_relu", "drelu", "original"] = "relu"
+    """What stands in the FFN while training; ``original`` leaves the dense activation where it is."""
+    shift: float | None = Field(default=None, gt=0)
+    """b of shifted_relu."""
+    l1_reduction: L1Reduction = L1Reduction()
+    freeze: list[Literal["embeddings"]] = []
+    """Weights that stay as they are. The paper trains all; with few tokens AdamW's normalised steps move the rows of
+    rare tokens, in the embeddings and the output head, by noise alone."""
+    stages: list[Stage] = Field(min_length=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _ordered(cls, stages: list[Stage]) -> list[Stage]:
+        problems = []
+        if stages[0].l1 != 0 or stages[0].target_sparsity:
+            problems.append(f"stages[0].l1={stages[0].l1}: stage 0 only substitutes the activation, its lambda is 0")
+        for i, (before, stage) in enumerate(pairwise(stages), start=1):
+            if stage.until_step <= before.until_step:
+                problems.append(
+                    f"stages[{i}].until_step={stage.until_step} must exceed stages[{i - 1}].until_step="
+                    f"{before.until_step} (steps are accumulated, not per stage)"
+                )
+            if stage.target_sparsity or before.target_sparsity:
+                if stage.ramp != "constant" or not stage.target_sparsity:
+                    problems.append(
+                        f"stages[{i}]: from the first target_sparsity on every stage has one, and no ramp "
+                        "(lambda goes where the target leads it)"
+                    )
+                continue
+            if stage.l1 < before.l1 and stage.phase != "sft":
+                problems.append(
+                    f"stages[{i}].l1={stage.l1} is below stages[{i - 1}].l1={before.l1}: lambda never falls "
+                    "(Algorithm 1), except in a stage with phase: sft"
+                )
+            if stage.ramp != "constant" and i == 1:
+                problems.append(
+                    f"stages[1].ramp={stage.ramp}: the warm-up stage is flat (Algorithm 1); use ramp: constant"
+                )
+            if stage.ramp == "exponential" and before.l1 == 0:
+                problems.append(f"stages[{i}].ramp=exponential cannot start from lambda 0; use ramp: sine or linear")
+            if stage.ramp == "constant" and i > 1 and stage.l1 != before.l1 and stage.phase != "sft":
+                problems.append(
+                    f"stages[{i}].ramp=constant jumps from lambda {before.l1} to {stage.l1}; "
+                    "use ramp: sine, or the same l1 as the stage before"
+                )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return stages
+
+    @model_validator(mode="after")
+    def _shift(self) -> Train:
+        if (self.activation == "shifted_relu") != (self.shift is not None):
+            raise ValueError("activation: shifted_relu and shift go together")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].until_step
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_steps * self.tokens_per_step
+
+    def tokens_after(self, stage: int) -> int:
+        """Tokens seen when a stage ends."""
+        return self.stages[stage].until_step * self.tokens_per_step
