@@ -41,11 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name, help_ in (
         ("run", "run a recipe; goes on where it stopped"),
+        ("compare", "every setting of the paper's tables under equal tokens"),
         ("plan", "what would run, and what it costs"),
     ):
         sub = recipe_verb(name, help_)
         sub.add_argument("--force", metavar="STEP", action="append", default=[], help="run this step again")
-        if name == "run":
+        if name != "plan":
             sub.add_argument("--until", metavar="STEP", help="stop after this step")
             sub.add_argument(
                 "--inline", action="store_true", help="without Prefect: same steps, same store, same ledger"

@@ -29,14 +29,14 @@ def full(run: Run) -> None:
 
     checkpoints = [dense]
     for index in range(len(train.stages)):
-        checkpoints.append(train_stage(run, index, before=checkpoints[-1], corpora=corpora))
+        checkpoints.append(train_stage(run, train, index, before=checkpoints[-1], corpora=corpora, dense=dense))
     after_stage_0, trained = checkpoints[1], checkpoints[-1]
 
     original = Variant("original", dense, "original")
-    vanilla_relu = Variant("vanilla_relu", after_stage_0, "relu", tokens_seen=train.tokens_after(0))
-    prosparse_star = Variant("prosparse_star", trained, "relu", tokens_seen=train.total_tokens)
+    vanilla_relu = Variant("vanilla_relu", after_stage_0, "relu")
+    prosparse_star = Variant("prosparse_star", trained, "relu")
     thresholds = calibrate(run, prosparse_star, corpora)
-    prosparse = Variant("prosparse", trained, "fatrelu", thresholds, tokens_seen=train.total_tokens)
+    prosparse = Variant("prosparse", trained, "fatrelu", thresholds)
 
     for variant in (original, vanilla_relu, prosparse_star):
         evaluate(run, variant, corpora)

@@ -34,6 +34,7 @@ def open_run(
     recipe: str,
     overrides: Sequence[str] = (),
     *,
+    flow: str = "prosparse",
     force: Sequence[str] = (),
     until: str | None = None,
     prefect: bool = False,
@@ -60,7 +61,7 @@ def open_run(
     )
     ledger.start_run(
         run_id=run.run_id,
-        flow="prosparse",
+        flow=flow,
         recipe=loaded.name,
         recipe_yaml=loaded.to_yaml(),
         overrides=list(overrides),

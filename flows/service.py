@@ -65,7 +65,10 @@ class Deployment:
     entrypoint: str
 
 
-DEPLOYMENTS: tuple[Deployment, ...] = (Deployment("full", "flows.full.prosparse"),)  # the same as in prefect.yaml
+DEPLOYMENTS: tuple[Deployment, ...] = (  # the same as in prefect.yaml
+    Deployment("full", "flows.full.prosparse"),
+    Deployment("settings", "flows.compare.compare"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +18,55 @@ from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.ledger import EXAMPLES, Ledger
 from prosparse_core.store import make_folder
 from tasks import preflight
+from tasks.step import Run
 
 
 def verb_run(arguments: argparse.Namespace) -> int:
     """Run a recipe in this process: with Prefect (a server is started for the run if none is up), or without."""
+    _before_a_run(arguments)
+    from flows.full import full, prosparse
+
+    return _run(arguments, "prosparse", full, prosparse)
+
+
+def verb_compare(arguments: argparse.Namespace) -> int:
+    """Every setting of ``recipe.compare`` under equal tokens."""
+    _before_a_run(arguments)
+    from flows.compare import compare, every_setting
+
+    return _run(arguments, "compare", every_setting, compare)
+
+
+def _before_a_run(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot end well, and tell Prefect where to keep things before it is imported."""
     check_steps(arguments.force, arguments.until)
     preflight.check(recipes.load(arguments.recipe, arguments.overrides), home_folder())
     if arguments.json:
         console.only_json()
-    if arguments.inline:
-        from flows.full import full
+    if not arguments.inline:
+        from flows import service
 
-        with open_run(
-            arguments.recipe, arguments.overrides, force=arguments.force, until=arguments.until, prefect=False
-        ) as run:
-            full(run)
+        make_folder(home_folder() / "prefect")
+        os.environ.update(service.environment(home_folder()))
+        os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")  # the console tells what Prefect's lines would repeat
+
+
+def _run(arguments: argparse.Namespace, name: str, steps: Callable[[Run], None], flow: Callable[..., str]) -> int:
+    options: dict[str, Any] = {"force": arguments.force, "until": arguments.until}
+    if arguments.inline:
+        with open_run(arguments.recipe, arguments.overrides, flow=name, **options) as run:
+            steps(run)
         run_id = run.run_id
     else:
-        run_id = _run_with_prefect(arguments)
+        from prefect import tags
+
+        from flows import service
+
+        with tags(service.process_tag()):  # lets `recover` tell whether the process of a run still lives
+            run_id = flow(recipe=arguments.recipe, overrides=arguments.overrides, **options)
     if arguments.json:
         console.print_json(summary.load(home_folder(), run_id))
     return 0
-
-
-def _run_with_prefect(arguments: argparse.Namespace) -> str:
-    from flows import service
-
-    make_folder(home_folder() / "prefect")
-    os.environ.update(service.environment(home_folder()))
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")  # the console tells what Prefect's lines would repeat
-    from prefect import tags
-
-    from flows.full import prosparse
-
-    with tags(service.process_tag()):  # lets `recover` tell whether the process of a run still lives
-        return prosparse(
-            recipe=arguments.recipe, overrides=arguments.overrides, force=arguments.force, until=arguments.until
-        )
 
 
 def verb_plan(arguments: argparse.Namespace) -> int:

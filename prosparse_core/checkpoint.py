@@ -25,8 +25,10 @@ class Checkpoint:
     folder: Path
 
 
-def save(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Checkpoint:
-    """Write the checkpoint of a finished step, then drop the older ones; atomic.
+def save(
+    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any] | None = None
+) -> Checkpoint:
+    """Write the checkpoint of a finished step, then drop the older ones; atomic. ``extra``: further plain values.
 
     A process that dies in the middle leaves the checkpoint before untouched.
     """
@@ -41,6 +43,7 @@ def save(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimiz
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "num_threads": torch.get_num_threads(),
+        "extra": extra or {},
     }
     with open(temporary / STATE, "wb") as handle:
         torch.save(state, handle)
@@ -61,22 +64,22 @@ def latest(root: Path) -> Checkpoint | None:
 
 def restore(
     root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, device: str = "cpu"
-) -> int:
+) -> tuple[int, dict[str, Any]]:
     """Load the newest checkpoint into model and optimizer.
 
     Returns:
-        The last finished step, or 0 when there is none. An unreadable checkpoint is dropped, aloud: the stage then
+        The last finished step, or 0 when there is none, and the ``extra`` that was saved with it. An unreadable checkpoint is dropped, aloud: the stage then
         starts at its beginning, which costs time but changes no result.
     """
     found = latest(root)
     if found is None:
-        return 0
+        return 0, {}
     try:
         state: dict[str, Any] = torch.load(found.folder / STATE, map_location=device, weights_only=True)
     except Exception as error:
         progress.note(f"checkpoint {found.folder} is not readable ({error}); starting the stage anew")
         shutil.rmtree(found.folder)
-        return 0
+        return 0, {}
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"].cpu())
@@ -86,4 +89,4 @@ def restore(
             "sums may round differently, so the weights will not be bitwise those of an uninterrupted run"
         )
     progress.note(f"resuming after step {found.step}")
-    return found.step
+    return found.step, state["extra"]

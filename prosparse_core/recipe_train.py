@@ -125,7 +125,3 @@ class Train(Section):
     @property
     def total_tokens(self) -> int:
         return self.total_steps * self.tokens_per_step
-
-    def tokens_after(self, stage: int) -> int:
-        """Tokens seen when a stage ends."""
-        return self.stages[stage].until_step * self.tokens_per_step

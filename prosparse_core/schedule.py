@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from prosparse_core.recipe_train import Stage, Train
 
@@ -21,21 +22,29 @@ def first_step(stages: list[Stage], index: int) -> int:
 
 
 def l1_lambda(stages: list[Stage], step: int) -> float:
-    """The regularization factor at a step.
+    """The regularization factor at a step; 0 in a stage that steers it (``target_sparsity``, see steering.py).
 
-    A constant stage is flat; a sine stage rises from the factor of the stage before to its own along half a sine:
-    ``eta = (sin(-pi/2 + pi * (t - T_before) / (T - T_before)) + 1) / 2`` (Algorithm 1), reaching it at its last step.
+    A constant stage is flat; in the others lambda goes from the factor of the stage before to its own, reaching it at
+    the last step: ``before + ease(share) * (own - before)``, where the paper's ease is half a sine.
     """
     index = stage_of(stages, step)
     stage = stages[index]
-    if stage.ramp == "constant" or index == 0:
+    if stage.ramp == "constant" or index == 0 or step == stage.until_step:
         return stage.l1
     before = stages[index - 1]
-    if step == stage.until_step:
-        return stage.l1
     share = (step - before.until_step) / (stage.until_step - before.until_step)
-    eta = 0.5 * (math.sin(-math.pi / 2 + math.pi * share) + 1)
-    return before.l1 + eta * (stage.l1 - before.l1)
+    if stage.ramp == "exponential":
+        return before.l1 * (stage.l1 / before.l1) ** share
+    return before.l1 + EASES[stage.ramp](share) * (stage.l1 - before.l1)
+
+
+def _sine(share: float) -> float:
+    """Algorithm 1: ``eta = (sin(-pi/2 + pi * (t - T_before) / (T - T_before)) + 1) / 2``."""
+    return 0.5 * (math.sin(-math.pi / 2 + math.pi * share) + 1)
+
+
+EASES: dict[str, Callable[[float], float]] = {"sine": _sine, "linear": lambda share: share}
+"""Share of a stage's steps -> share of the way from the factor before to its own."""
 
 
 def learning_rate(train: Train, step: int) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prosparse_core import checkpoint
+from prosparse_core.distillation import distillation_loss
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Mixture
 from prosparse_core.precision import Precision, autocast
@@ -22,6 +23,7 @@ from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Train
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.schedule import first_step, l1_lambda, learning_rate
+from prosparse_core.steering import Steering
 
 LOG = "log.jsonl"
 OPTIMIZER = "optimizer.pt"
@@ -45,6 +47,8 @@ class StepMetrics:
     mean_abs_x1: float
     sparsity: float
     grad_norm: float
+    distill: float | None
+    """KL from the dense original (times temperature^2) per token, without its weight; None without distillation."""
     tokens_per_s: float
     wall_s: float
 
@@ -75,6 +79,8 @@ def train_stage(
     precision: Precision,
     runtime: Runtime,
     progress: Progress,
+    teacher: nn.Module | None = None,
+    lambda_before: float = 0.0,
 ) -> None:
     """Train ``model`` in place through stage ``index``, from wherever its newest checkpoint stands.
 
@@ -82,6 +88,8 @@ def train_stage(
         model: already substituted, on its device, fp32 weights.
         optimizer: carries its state from the stage before.
         folder: work folder of the stage; receives ``log.jsonl`` and, while running, ``checkpoints/``.
+        teacher: the dense original, for a stage that distils from it.
+        lambda_before: the factor at the end of the stage before: where a steered stage begins.
 
     Raises:
         ProSparseError: the loss is no longer finite.
@@ -89,20 +97,30 @@ def train_stage(
     device = next(model.parameters()).device.type
     first, last = first_step(train.stages, index), train.stages[index].until_step
     torch.manual_seed(first)
-    done = checkpoint.restore(folder / CHECKPOINTS, model, optimizer, progress, device)
+    stage = train.stages[index]
+    assert (teacher is None) == (stage.distill is None)
+    done, extra = checkpoint.restore(folder / CHECKPOINTS, model, optimizer, progress, device)
+    steering = None
+    if stage.target_sparsity is not None:
+        steering = (
+            Steering(**extra) if extra else Steering(stage.target_sparsity, last - first + 1, l1_lambda=lambda_before)
+        )
     start = max(first, done + 1)
     _cut_log(folder / LOG, before=start)
     model.train()
     saved_at = time.monotonic()
     with L1Regularizer(model, train.l1_reduction) as regularizer, open(folder / LOG, "a", encoding="utf-8") as log:
-        if start <= last:
+        if start <= last and steering is None:
             regularizer.l1_lambda = l1_lambda(train.stages, last)
             progress.note(
                 f"lambda at the end {regularizer.l1_lambda:g}: per element of x1 "
                 f"{regularizer.element_coefficient(train.tokens_per_step):.3g}"
             )
         for step in range(start, last + 1):
-            metrics = _one_step(model, optimizer, regularizer, mixture, train, index, step, precision)
+            regularizer.l1_lambda = steering.l1_lambda if steering else l1_lambda(train.stages, step)
+            metrics = _one_step(model, optimizer, regularizer, mixture, train, index, step, precision, teacher)
+            if steering:
+                steering.update(metrics.sparsity, metrics.lm_loss, metrics.l1)
             log.write(json.dumps(asdict(metrics)) + "\n")
             log.flush()
             progress.update(
@@ -124,8 +142,13 @@ def train_stage(
             by_steps = runtime.checkpoint_every_steps and step % runtime.checkpoint_every_steps == 0
             by_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_every_minutes
             if step < last and (by_steps or by_time):
-                checkpoint.save(folder / CHECKPOINTS, step, model, optimizer)
+                checkpoint.save(folder / CHECKPOINTS, step, model, optimizer, steering.state() if steering else None)
                 saved_at = time.monotonic()
+        if steering:
+            progress.note(
+                f"lambda was steered to {steering.l1_lambda:.4g} for {steering.target:.1%} sparsity: per element of x1 "
+                f"{regularizer.element_coefficient(train.tokens_per_step):.3g}"
+            )
     model.eval()
 
 
@@ -138,23 +161,31 @@ def _one_step(
     index: int,
     step: int,
     precision: Precision,
+    teacher: nn.Module | None,
 ) -> StepMetrics:
     began = time.perf_counter()
     device = next(model.parameters()).device
     rate = learning_rate(train, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    regularizer.l1_lambda = l1_lambda(train.stages, step)
+    distill = train.stages[index].distill
     batch = mixture.batch(step, train.tokens_per_step // mixture.seq_len)
     num_labels = int((batch.labels[:, 1:] != -100).sum())
-    lm_loss = torch.zeros((), device=device)
+    lm_loss, distilled = torch.zeros((), device=device), torch.zeros((), device=device)
     for tokens, labels, share in _micro_batches(batch.tokens, batch.labels, train.micro_batch):
         regularizer.scale = share
+        tokens, labels = tokens.to(device), labels.to(device)
         with autocast(precision, device.type):
-            logits = model(input_ids=tokens.to(device), use_cache=False).logits
-        loss = next_token_loss(logits, labels.to(device)) / max(1, num_labels)
-        loss.backward()
+            logits = model(input_ids=tokens, use_cache=False).logits
+        loss = next_token_loss(logits, labels) / max(1, num_labels)
         lm_loss += loss.detach()
+        if teacher is not None and distill is not None:
+            with torch.no_grad(), autocast(precision, device.type):
+                wanted = teacher(input_ids=tokens, use_cache=False).logits
+            divergence = distillation_loss(logits, wanted, labels, distill.temperature) / max(1, num_labels)
+            distilled += divergence.detach()
+            loss = loss + distill.weight * divergence
+        loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -172,6 +203,7 @@ def _one_step(
         mean_abs_x1=mean_abs_x1,
         sparsity=sparsity,
         grad_norm=float(norm),
+        distill=None if distill is None else float(distilled),
         tokens_per_s=train.tokens_per_step / wall,
         wall_s=wall,
     )
@@ -188,6 +220,13 @@ def _micro_batches(tokens: Tensor, labels: Tensor, micro: int | None) -> Iterato
     size = micro or len(tokens)
     for start in range(0, len(tokens), size):
         yield tokens[start : start + size], labels[start : start + size], size / len(tokens)
+
+
+def last_lambda(folder: Path) -> float:
+    """The factor of the last step that the log of a stage tells of; 0 where there is none."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return float(json.loads(lines[-1])["l1_lambda"]) if lines else 0.0
 
 
 def _cut_log(path: Path, before: int) -> None:

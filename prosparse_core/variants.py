@@ -9,7 +9,7 @@ from typing import Any
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import require_family
-from prosparse_core.store import Artifact
+from prosparse_core.store import Artifact, read_record
 
 MODEL = "model"
 """Folder of an artifact that holds weights, config and tokenizer, as Hugging Face writes them."""
@@ -27,12 +27,8 @@ class Variant:
     activation: str
     """original, relu, shifted_relu, drelu or fatrelu (ReLU with thresholds)."""
     thresholds: Artifact | None = None
-    tokens_seen: int = 0
     shift: float | None = None
     """b of shifted_relu."""
-    seed: int | None = None
-    l1: float | None = None
-    """The factor at the end of training: with the seed it tells rows of one setting apart."""
 
     @property
     def inputs(self) -> dict[str, Artifact]:
@@ -61,10 +57,18 @@ class Variant:
             "activation": self.activation,
             "checkpoint": self.checkpoint.digest,
             "thresholds": None if self.thresholds is None else self.thresholds.digest,
-            "tokens_seen": self.tokens_seen,
-            "seed": self.seed,
-            "l1": self.l1,
+            **self.training,
         }
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """tokens_seen, seed of the data order and l1 (the factor at its end) of the checkpoint, as its stage recorded
+        them: what tells rows of one setting apart. 0 tokens and None for a model that no stage of ours trained."""
+        if self.checkpoint.step != "stage":
+            return {"tokens_seen": 0, "seed": None, "l1": None}
+        record = read_record(self.checkpoint.path)
+        meta = record["meta"]
+        return {"tokens_seen": meta["tokens"], "seed": record["payload"]["seed"], "l1": meta["l1"]}
 
     def layer_thresholds(self) -> list[float] | None:
         """FATReLU's threshold per layer; None without thresholds."""

@@ -18,9 +18,13 @@ VERSION = 1
 HASHED_WHOLE_BELOW = 2 << 30
 
 
-def base_model(run: Run) -> Artifact:
-    """The artifact with the dense model in ``model/``: weights (safetensors), config and tokenizer."""
-    model = run.recipe.model
+def base_model(run: Run, model: Model | None = None) -> Artifact:
+    """The artifact with a pretrained model in ``model/``: weights (safetensors), config and tokenizer.
+
+    Args:
+        model: another one than the recipe's dense model, such as an imported ReLU checkpoint.
+    """
+    model = model or run.recipe.model
     return run.step(
         "base_model",
         f"base model · {model.id}",

@@ -165,7 +165,7 @@ def model_card(run: Run, variant: Variant, measured: Artifact, corpora: Artifact
         setting=variant.setting,
         config=check_folder(variant.checkpoint.path / MODEL),
         thresholds=_thresholds(variant),
-        tokens_seen=variant.tokens_seen,
+        tokens_seen=variant.training["tokens_seen"],
         recipe=recipe.name,
         stages=[stage.model_dump(mode="json") for stage in recipe.train.stages],
         results=measurements(run),

@@ -5,28 +5,47 @@ from __future__ import annotations
 import shutil
 
 from prosparse_core.precision import Precision, resolve, resolve_device
+from prosparse_core.recipe_train import Train
 from prosparse_core.schedule import first_step
 from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 
 
-def train_stage(run: Run, index: int, before: Artifact, corpora: Artifact) -> Artifact:
+def train_stage(
+    run: Run,
+    train: Train,
+    index: int,
+    before: Artifact,
+    corpora: Artifact,
+    *,
+    dense: Artifact,
+    seed: int | None = None,
+    note: str = "",
+) -> Artifact:
     """The artifact with the weights after stage ``index`` in ``model/``, the optimizer's state and the log.
 
     Args:
+        train: the recipe's, or a setting's variation of it.
         index: 0 is ReLU substitution (lambda 0), 1 the warm-up, 2.. the incremental stages (Algorithm 1).
         before: the dense model for stage 0, the stage before for all others.
+        dense: the dense original, from which a stage may distil.
+        seed: of the data order; None is the recipe's.
+        note: what people read besides the stage, such as the setting.
     """
-    train = run.recipe.train
     device = resolve_device(run.recipe.runtime.device)
     precision = resolve(run.recipe.model.precision, device)
+    seed = run.recipe.seed if seed is None else seed
+    stage = train.stages[index]
+    inputs = {"before": before, "corpora": corpora}
+    if stage.distill is not None:
+        inputs["teacher"] = dense
     return run.step(
         "stage",
-        label(run, index),
-        lambda work: _build(work, run, index, before, corpora, precision, device),
+        label(train, index) + (f" · {note}" if note else ""),
+        lambda work: _build(work, run, train, index, inputs, precision, device, seed),
         version=VERSION,
         config={
             "stage": index,
@@ -35,20 +54,23 @@ def train_stage(run: Run, index: int, before: Artifact, corpora: Artifact) -> Ar
             "total_steps": train.total_steps,
             "precision": precision,
         },
-        inputs={"before": before, "corpora": corpora},
+        inputs=inputs,
+        seed=seed,
         stage=index,
         needs_bytes=3 * _weight_bytes(before),
     )
 
 
-def label(run: Run, index: int) -> str:
+def label(train: Train, index: int) -> str:
     """``stage 2 · lambda 0.005→0.05 · steps 80-140``."""
-    stages = run.recipe.train.stages
+    stages = train.stages
     stage = stages[index]
-    rising = stage.ramp == "sine" and stages[index - 1].l1 != stage.l1
-    factor = f"{stages[index - 1].l1:g}→{stage.l1:g}" if rising else f"{stage.l1:g}"
+    rising = stage.ramp != "constant" and stages[index - 1].l1 != stage.l1
+    factor = f"lambda {stages[index - 1].l1:g}→{stage.l1:g}" if rising else f"lambda {stage.l1:g}"
+    if stage.target_sparsity is not None:
+        factor = f"lambda for {stage.target_sparsity:.0%} sparsity"
     phase = "" if stage.phase == "prosparse" else f" · {stage.phase}"
-    return f"stage {index} · lambda {factor} · steps {first_step(stages, index)}-{stage.until_step}{phase}"
+    return f"stage {index} · {factor} · steps {first_step(stages, index)}-{stage.until_step}{phase}"
 
 
 def _weight_bytes(before: Artifact) -> int:
@@ -59,33 +81,43 @@ def _weight_bytes(before: Artifact) -> int:
 
 
 def _build(
-    work: Work, run: Run, index: int, before: Artifact, corpora: Artifact, precision: Precision, device: str
+    work: Work,
+    run: Run,
+    train: Train,
+    index: int,
+    inputs: dict[str, Artifact],
+    precision: Precision,
+    device: str,
+    seed: int,
 ) -> None:
     import torch
 
     from prosparse_core.mixing import Mixture
-    from prosparse_core.substitute import use_relu
-    from prosparse_core.training import CHECKPOINTS, OPTIMIZER, make_optimizer, train_stage
+    from prosparse_core.substitute import use_activation
+    from prosparse_core.training import CHECKPOINTS, OPTIMIZER, last_lambda, make_optimizer, train_stage
     from prosparse_core.variants import load_model
 
-    train, runtime = run.recipe.train, run.recipe.runtime
+    runtime, before = run.recipe.runtime, inputs["before"]
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     model, tokenizer = load_model(before.path / MODEL, device)
-    use_relu(model)
+    use_activation(model, train.activation, train.shift)
+    teacher = load_model(inputs["teacher"].path / MODEL, device)[0] if "teacher" in inputs else None
     optimizer = make_optimizer(model, train)
     if index > 0:
         optimizer.load_state_dict(torch.load(before.path / OPTIMIZER, map_location=device, weights_only=True))
     train_stage(
         model,
         optimizer,
-        Mixture(corpora.path, run.recipe.seed),
+        Mixture(inputs["corpora"].path, seed),
         train,
         index,
         work.folder,
         precision=precision,
         runtime=runtime,
         progress=work.progress,
+        teacher=teacher,
+        lambda_before=last_lambda(before.path),
     )
     work.progress.note("writing the stage's weights and optimizer state")
     model.save_pretrained(work.folder / MODEL)
@@ -93,5 +125,5 @@ def _build(
     torch.save(optimizer.state_dict(), work.folder / OPTIMIZER)
     shutil.rmtree(work.folder / CHECKPOINTS, ignore_errors=True)
     work.meta.update(
-        stage=index, l1=train.stages[index].l1, tokens=train.stages[index].until_step * train.tokens_per_step
+        stage=index, l1=last_lambda(work.folder), tokens=train.stages[index].until_step * train.tokens_per_step
     )

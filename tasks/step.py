@@ -102,6 +102,7 @@ class Run:
         version: int,
         config: Mapping[str, Any],
         inputs: Mapping[str, Artifact],
+        seed: int | None = None,
         stage: int | None = None,
         needs_bytes: int = 0,
     ) -> Artifact:
@@ -114,6 +115,7 @@ class Run:
             version: raised when the code of the step changes its result.
             config: the part of the recipe (and of the outside world) that decides the result; plain JSON values.
             inputs: artifacts by role; their digests are part of the identity.
+            seed: where it is not the recipe's.
             needs_bytes: what the disk must hold before the step starts.
         """
         assert name in STEPS
@@ -127,7 +129,7 @@ class Run:
             "version": version,
             "config": dict(config),
             "inputs": {role: artifact.digest for role, artifact in inputs.items()},
-            "seed": self.recipe.seed,
+            "seed": self.recipe.seed if seed is None else seed,
         }
         if self.planning:
             return self._plan(name, label, payload)

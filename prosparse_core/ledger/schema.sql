@@ -59,7 +59,7 @@ COMMENT ON TABLE variant_facts IS 'Which variants an artifact measures; ask the 
 CREATE TABLE train_metrics (
   artifact VARCHAR NOT NULL, stage INTEGER, step BIGINT NOT NULL, tokens BIGINT, l1_lambda DOUBLE, lr DOUBLE,
   lm_loss DOUBLE, l1 DOUBLE, l1_term DOUBLE, mean_abs_x1 DOUBLE, sparsity DOUBLE, grad_norm DOUBLE,
-  tokens_per_s DOUBLE, wall_s DOUBLE
+  tokens_per_s DOUBLE, wall_s DOUBLE, distill DOUBLE
 );
 COMMENT ON TABLE train_metrics IS 'The training log: one row per logged optimizer step of a stage.';
 

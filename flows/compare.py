@@ -1,0 +1,85 @@
+"""Every setting of the paper's tables under equal tokens: same data order, shared beginnings trained once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from prefect import flow
+
+from flows.run import open_run
+from prosparse_core import settings
+from prosparse_core.recipe import Model
+from prosparse_core.settings import Row
+from prosparse_core.store import Artifact
+from prosparse_core.variants import Variant
+from tasks.base_model import base_model
+from tasks.calibrate import calibrate
+from tasks.evaluate import evaluate
+from tasks.mixture import mixture
+from tasks.report import report
+from tasks.stage import train_stage
+from tasks.step import Run
+
+
+def every_setting(run: Run) -> None:
+    """Train, calibrate and evaluate every row of ``recipe.compare``; what rows have in common is in the store."""
+    dense = base_model(run)
+    corpora = mixture(run, dense)
+    for row in settings.rows(run.recipe):
+        variant = trained(run, row, dense, corpora)
+        if row.thresholds:
+            variant = with_thresholds(run, variant, corpora, row.setting)
+        evaluate(run, variant, corpora)
+    for imported in run.recipe.compare.imported:
+        model = Model(id=imported.setting, source=imported.source, revision=imported.revision)
+        checkpoint = base_model(run, model)
+        own_corpora = mixture(run, checkpoint)
+        variant = Variant(imported.setting, checkpoint, imported.activation)
+        evaluate(run, variant, own_corpora)
+        if imported.activation == "relu":
+            evaluate(run, with_thresholds(run, variant, own_corpora, f"{imported.setting}_fatrelu"), own_corpora)
+    report(run)
+
+
+def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact) -> Variant:
+    """The variant of a row after all its stages; stage 0 keeps the recipe's data order whatever the row's seed."""
+    if row.train is None:
+        return Variant(row.setting, dense, "original")
+    checkpoint = dense
+    for index in range(len(row.train.stages)):
+        seed = row.seed if index else None
+        checkpoint = train_stage(
+            run, row.train, index, before=checkpoint, corpora=corpora, dense=dense, seed=seed, note=row.note
+        )
+    return Variant(row.setting, checkpoint, row.train.activation, shift=row.train.shift)
+
+
+def with_thresholds(run: Run, star: Variant, corpora: Artifact, setting: str) -> Variant:
+    """The same checkpoint with calibrated FATReLU thresholds."""
+    star_setting = "prosparse_star" if setting == "prosparse" else star.setting
+    star = dataclasses.replace(star, setting=star_setting)
+    thresholds = calibrate(run, star, corpora)
+    return dataclasses.replace(star, setting=setting, activation="fatrelu", thresholds=thresholds)
+
+
+@flow(name="compare", flow_run_name="{recipe}", persist_result=False)
+def compare(
+    recipe: str = "smollm2-135m",
+    overrides: list[str] | None = None,
+    force: list[str] | None = None,
+    until: str | None = None,
+) -> str:
+    """Compare settings as ``recipe.compare`` says. Running it again goes on where it stopped.
+
+    Args:
+        recipe: the name of a shipped recipe or the path of a .yaml file.
+        overrides: changes to the recipe, such as ``compare.settings=[vanilla_relu,prosparse]``.
+        force: steps to run again though the store has them.
+        until: the last step to run.
+
+    Returns:
+        The run id under which the ledger keeps it.
+    """
+    with open_run(recipe, overrides or [], flow="compare", force=force or [], until=until, prefect=True) as run:
+        every_setting(run)
+    return run.run_id

@@ -1,0 +1,117 @@
+"""The rows of the paper's tables as variations of one recipe: same tokens, same data order, another way to sparsity.
+
+A new setting is one entry in ``SETTINGS`` (and its name in ``recipe.SettingName``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prosparse_core.recipe import Recipe
+from prosparse_core.recipe_train import Stage, Train
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row to be trained (or not) and measured."""
+
+    setting: str
+    train: Train | None
+    """None: the dense model as it came."""
+    thresholds: bool = False
+    """FATReLU thresholds are calibrated on what was trained."""
+    seed: int | None = None
+    """Data order after stage 0; None is the recipe's seed."""
+
+    @property
+    def note(self) -> str:
+        """What tells the row from others in progress lines."""
+        factor = f" {self.train.stages[-1].l1:g}" if self.setting == "fixed_l1" and self.train else ""
+        return f"{self.setting}{factor}" + ("" if self.seed is None else f" · seed {self.seed}")
+
+
+def rows(recipe: Recipe) -> list[Row]:
+    """Every row that ``recipe.compare`` asks for, in its order; further seeds directly after the first."""
+    found: list[Row] = []
+    for name in recipe.compare.settings:
+        seeds: list[int | None] = [None, *recipe.compare.seeds.get(name, [])]
+        thresholds = name == "prosparse"
+        found += [Row(name, train, thresholds, seed) for train in SETTINGS[name](recipe) for seed in seeds]
+    return found
+
+
+def _dense(recipe: Recipe) -> list[Train | None]:
+    return [None]
+
+
+def _as_written(recipe: Recipe) -> list[Train | None]:
+    return [recipe.train]
+
+
+def _activation(**changes: Any) -> Callable[[Recipe], list[Train | None]]:
+    """No regularization at all, with an activation of its own."""
+
+    def train(recipe: Recipe) -> list[Train | None]:
+        shift = {"shift": recipe.compare.shift} if changes["activation"] == "shifted_relu" else {}
+        return [_varied(recipe.train, _from_stage_0(recipe.train, l1=0.0), **changes, **shift)]
+
+    return train
+
+
+def _fixed(recipe: Recipe) -> list[Train | None]:
+    """A constant factor from the end of stage 0 (paper, section 4.1): the foil of progressive factors."""
+    factors = recipe.compare.fixed_l1 or [recipe.train.stages[-1].l1]
+    return [_varied(recipe.train, _from_stage_0(recipe.train, l1=factor)) for factor in factors]
+
+
+def _ramp(shape: str) -> Callable[[Recipe], list[Train | None]]:
+    """The recipe's stages with another course of lambda where it rises along a sine."""
+
+    def train(recipe: Recipe) -> list[Train | None]:
+        stages = [{**s.model_dump(), "ramp": shape if s.ramp != "constant" else s.ramp} for s in recipe.train.stages]
+        return [_varied(recipe.train, stages)]
+
+    return train
+
+
+def _drelu(recipe: Recipe) -> list[Train | None]:
+    return [_varied(recipe.train, [s.model_dump() for s in recipe.train.stages], activation="drelu")]
+
+
+def _distilled(recipe: Recipe) -> list[Train | None]:
+    assert recipe.compare.distill is not None
+    teach = recipe.compare.distill.model_dump()
+    return [_varied(recipe.train, [{**s.model_dump(), "distill": teach} for s in recipe.train.stages])]
+
+
+def _closed_loop(recipe: Recipe) -> list[Train | None]:
+    return [_varied(recipe.train, _from_stage_0(recipe.train, target_sparsity=recipe.compare.target_sparsity))]
+
+
+def _from_stage_0(train: Train, **rest: Any) -> list[dict[str, Any]]:
+    """Stage 0 as it is, then one stage until the last step."""
+    stage_0: Stage = train.stages[0]
+    return [stage_0.model_dump(), {"until_step": train.total_steps, **rest}]
+
+
+def _varied(train: Train, stages: list[dict[str, Any]], **changes: Any) -> Train:
+    return Train.model_validate({**train.model_dump(), **changes, "stages": stages})
+
+
+SETTINGS: dict[str, Callable[[Recipe], list[Train | None]]] = {
+    "original": _dense,
+    "original_continued": _activation(activation="original"),
+    "vanilla_relu": _activation(activation="relu"),
+    "shifted_relu": _activation(activation="shifted_relu"),
+    "fixed_l1": _fixed,
+    "prosparse_star": _as_written,
+    "prosparse": _as_written,
+    "linear_ramp": _ramp("linear"),
+    "exponential_ramp": _ramp("exponential"),
+    "drelu": _drelu,
+    "distilled": _distilled,
+    "closed_loop": _closed_loop,
+}
+"""Setting -> its ways to train, one a row."""

@@ -1,0 +1,67 @@
+"""Closed-loop lambda: steer the factor until a wanted share of x1 is zero, instead of picking the factor by hand.
+
+A factor means something else for every model, reduction and learning rate (method: paper App. L; the multiplicative
+rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course: half a sine from where the stage
+begins to the target, reached well before the end (while the learning rate can still move anything), then flat. The
+logarithm of lambda is moved by a proportional and an integral part of the distance from that course, which makes the
+rule indifferent to the scale of lambda.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COURSE = 0.55
+"""Share of the stage's steps after which the course has reached the target."""
+START_SHARE = 0.01
+"""The first factor makes lambda * L1 this share of the next-token loss."""
+PROPORTIONAL = 40.0
+"""Change of log lambda per unit of sparsity: a point behind the course raises lambda by half at once."""
+INTEGRAL = 700.0
+"""The same per stage: a point behind during a whole stage would raise log lambda by 7."""
+SMOOTHING = 60
+"""The measured sparsity is smoothed over this fraction of the stage (at least 4 steps)."""
+LARGEST_STEP = math.log(1.25)
+
+
+@dataclass
+class Steering:
+    """The controller of one stage. Its fields are all of its state: plain numbers, kept in checkpoints.
+
+    ``l1_lambda`` is the factor of the coming step; :meth:`update` takes what that step measured.
+    """
+
+    target: float
+    """Share of zeros in x1, 0 to 1."""
+    num_steps: int
+    """Steps of the stage."""
+    l1_lambda: float = 0.0
+    steps_done: int = 0
+    start: float = 0.0
+    """Sparsity at the beginning of the stage."""
+    smoothed: float = 0.0
+    error: float = 0.0
+
+    def course(self, step: int) -> float:
+        """Where sparsity should be after ``step`` steps."""
+        share = min(1.0, step / max(1.0, COURSE * self.num_steps))
+        return self.start + (self.target - self.start) * 0.5 * (1 - math.cos(math.pi * share))
+
+    def update(self, sparsity: float, lm_loss: float, l1: float) -> None:
+        """Learn from a finished step: the sparsity of its batch, its loss in nats and its reduced |x1|."""
+        self.steps_done += 1
+        if self.steps_done == 1:
+            self.start = self.smoothed = sparsity
+            self.l1_lambda = self.l1_lambda or START_SHARE * lm_loss / max(l1, 1e-12)
+            return
+        window = max(4.0, self.num_steps / SMOOTHING)
+        self.smoothed += (sparsity - self.smoothed) / min(window, self.steps_done)
+        error = self.course(self.steps_done) - self.smoothed
+        move = PROPORTIONAL * (error - self.error) + INTEGRAL / self.num_steps * error
+        self.l1_lambda *= math.exp(max(-LARGEST_STEP, min(LARGEST_STEP, move)))
+        self.error = error
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
