@@ -68,8 +68,8 @@ def restore(
     """Load the newest checkpoint into model and optimizer.
 
     Returns:
-        The last finished step, or 0 when there is none, and the ``extra`` that was saved with it. An unreadable checkpoint is dropped, aloud: the stage then
-        starts at its beginning, which costs time but changes no result.
+        The last finished step, or 0 when there is none, and the ``extra`` that was saved with it. An unreadable
+        checkpoint is dropped, aloud: the stage then starts at its beginning, which costs time but changes no result.
     """
     found = latest(root)
     if found is None:

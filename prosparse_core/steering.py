@@ -15,7 +15,7 @@ from typing import Any
 
 COURSE = 0.55
 """Share of the stage's steps after which the course has reached the target."""
-START_SHARE = 0.01
+START_SHARE = 0.003
 """The first factor makes lambda * L1 this share of the next-token loss."""
 PROPORTIONAL = 40.0
 """Change of log lambda per unit of sparsity: a point behind the course raises lambda by half at once."""

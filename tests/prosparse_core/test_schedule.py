@@ -60,3 +60,24 @@ def test_learning_rate_is_one_cosine_over_the_whole_run() -> None:
     assert learning_rate(train, 10) == pytest.approx(1.0)
     assert learning_rate(train, 60) == pytest.approx(0.55)
     assert learning_rate(train, 110) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "halfway"), [("sine", 0.26), ("linear", 0.26), ("exponential", math.sqrt(0.02 * 0.5)), ("constant", 0.5)]
+)
+def test_every_ramp_ends_at_its_factor_and_passes_its_middle(ramp: str, halfway: float) -> None:
+    stages = [
+        Stage(until_step=10, l1=0),
+        Stage(until_step=20, l1=0.02),
+        Stage(until_step=120, l1=0.5, ramp=ramp),  # type: ignore[arg-type]
+    ]
+    assert l1_lambda(stages, 20) == 0.02
+    assert l1_lambda(stages, 70) == pytest.approx(halfway)
+    assert l1_lambda(stages, 120) == 0.5
+    values = [l1_lambda(stages, step) for step in range(20, 121)]
+    assert all(a <= b for a, b in pairwise(values))
+
+
+def test_a_steered_stage_has_no_factor_of_its_own() -> None:
+    stages = [Stage(until_step=10, l1=0), Stage.model_validate({"until_step": 20, "target_sparsity": 0.8})]
+    assert [l1_lambda(stages, step) for step in (10, 11, 20)] == [0, 0, 0]

@@ -11,11 +11,12 @@ import torch
 from models import tiny
 
 from prosparse_core import checkpoint, training
+from prosparse_core.distillation import distillation_loss
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Runtime
-from prosparse_core.recipe_train import Stage, Train
+from prosparse_core.recipe_train import Distill, Stage, Train
 from prosparse_core.schedule import l1_lambda, learning_rate
 from prosparse_core.substitute import use_relu
 
@@ -203,3 +204,55 @@ def test_frozen_embeddings_stay_and_the_rest_moves(folders: Path, tied: bool) ->
     )
     same = {k for k, v in model.state_dict().items() if torch.equal(v, before[k])}
     assert same == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def steered(total: int) -> Train:
+    return recipe(
+        stages=[Stage(until_step=4, l1=0), Stage.model_validate({"until_step": total, "target_sparsity": 0.7})]
+    )
+
+
+def test_a_steered_stage_reaches_its_target_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    logs = []
+    for name, stops in (("straight", {}), ("broken", {1: [9, 40]})):
+        for i in "01":
+            (tmp_path / name / i).mkdir(parents=True)
+        run_stages(tmp_path / name, steered(84), stops)
+        lines = (tmp_path / name / "1" / training.LOG).read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for key in ("l1_lambda", "sparsity", "lm_loss"):
+        assert [e[key] for e in logs[0]] == [e[key] for e in logs[1]]
+    assert logs[0][0]["l1_lambda"] == 0
+    assert logs[0][0]["sparsity"] < 0.6
+    assert sum(e["sparsity"] for e in logs[0][-10:]) / 10 == pytest.approx(0.7, abs=0.01)
+
+
+def test_distilling_pulls_towards_the_teacher(tmp_path: Path) -> None:
+    teacher, found = tiny(), {}
+    for weight in (None, 4.0):
+        distill = None if weight is None else Distill(weight=weight, temperature=1.0)
+        train = recipe(stages=[Stage(until_step=12, l1=0, distill=distill)])
+        model = tiny()
+        use_relu(model)
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        training.train_stage(
+            model,
+            training.make_optimizer(model, train),
+            CountedMixture(),  # type: ignore[arg-type]
+            train,
+            0,
+            folder,
+            precision="fp32",
+            runtime=Runtime(),
+            progress=Silent(),
+            teacher=None if weight is None else teacher,
+        )
+        batch = CountedMixture().batch(99, 8)
+        with torch.no_grad():
+            logits = [m(input_ids=batch.tokens, use_cache=False).logits for m in (model, teacher)]
+        found[weight] = float(distillation_loss(*logits, batch.labels, 1.0))
+        logged = [json.loads(line)["distill"] for line in (folder / training.LOG).read_text().splitlines()]
+        assert all((value is None) == (weight is None) for value in logged)
+    assert found[4.0] < 0.8 * found[None]
+    assert all(p.grad is None for p in teacher.parameters())

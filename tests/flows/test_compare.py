@@ -1,0 +1,85 @@
+"""Every setting on ``tiny`` through the command line: equal tokens, shared stage 0, and all of it in the ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prosparse_core import settings
+from prosparse_core.ledger import Ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SHORT = (
+    f"compare.settings=[{', '.join(settings.SETTINGS)}]",
+    "train.stages=[{until_step: 6, l1: 0}, {until_step: 8, l1: 0.02}, {until_step: 14, l1: 0.2, ramp: sine}]",
+    "train.warmup_steps=2",
+    "compare.distill={weight: 1.0, temperature: 2.0}",
+    "compare.seeds={prosparse: [7]}",
+    "calibrate.thresholds=[0.0, 0.05]",
+    "calibrate.refine=1",
+    "evaluate.choice=false",
+    "data.evaluation_tokens=512",
+    "data.calibration_tokens=512",
+)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    home = tmp_path_factory.mktemp("home")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    overrides = [part for override in SHORT for part in ("--set", override)]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "compare", "tiny", "--json", *overrides],
+        cwd=home,
+        env={**environment, "PROSPARSE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home, json.loads(done.stdout)
+
+
+def test_every_setting_is_measured_under_equal_tokens(compared: tuple[Path, dict[str, Any]]) -> None:
+    home, result = compared
+    rows = Ledger(home).query("SELECT setting, tokens_seen, seed, l1, sparsity, perplexity FROM leaderboard").records()
+    assert {r["setting"] for r in rows} == set(settings.SETTINGS)
+    assert {r["tokens_seen"] for r in rows if r["setting"] != "original"} == {14 * 512}
+    assert sorted(r["seed"] for r in rows if r["setting"] == "prosparse") == [7, 42]
+    assert {r["l1"] for r in rows if r["setting"] in ("fixed_l1", "prosparse")} == {0.2}
+    assert all(r["perplexity"] > 1 for r in rows)
+    zeros = {r["setting"]: r["sparsity"] for r in rows}
+    assert max(zeros["original"], zeros["original_continued"]) < 0.01
+    assert zeros["vanilla_relu"] < zeros["drelu"]
+    assert zeros["prosparse"] >= zeros["prosparse_star"] - 1e-9
+    assert len(result["settings"]) == len(rows)
+
+
+def test_what_settings_have_in_common_is_trained_once(compared: tuple[Path, dict[str, Any]]) -> None:
+    home, _ = compared
+    stages_0 = Ledger(home).query(
+        "SELECT status, count(*) AS n FROM steps WHERE step = 'stage' AND stage = 0 GROUP BY 1"
+    )
+    counted = {r["status"]: r["n"] for r in stages_0.records()}
+    # relu, shifted_relu, drelu, the dense activation and the distilled one begin apart; all others share one stage 0
+    assert counted["done"] == 5
+    assert counted["cached"] >= 6
+
+
+def test_a_checkpoint_with_an_activation_transformers_lacks_refuses_a_plain_reload(
+    compared: tuple[Path, dict[str, Any]],
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    home, _ = compared
+    configs = {p.parent: json.loads(p.read_text())["hidden_act"] for p in home.glob("store/stage/*/model/config.json")}
+    assert set(configs.values()) == {"relu", "silu", "prosparse_shifted_relu", "prosparse_drelu"}
+    for folder, activation in configs.items():
+        if activation.startswith("prosparse_"):
+            with pytest.raises(KeyError):
+                AutoModelForCausalLM.from_pretrained(folder)
