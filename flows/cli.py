@@ -58,9 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
         ("down", "stop the worker and the server"),
         ("status", "what is up, and what the last runs came to"),
         ("recover", "mark runs whose process died as crashed, so that they can be retried"),
-        ("doctor", "check this machine: packages, compiler, server, disk"),
     ):
         verb(name, help_)
+    doctor = verb("doctor", "check this machine: packages, compiler, server, disk")
+    doctor.add_argument("--verify", action="store_true", help="also hash every artifact of the store")
     query = verb("query", "ask the ledger in SQL (DuckDB)")
     query.add_argument(
         "sql", metavar="SQL", nargs="?", help='for example "FROM results"; without it, example questions'

@@ -24,7 +24,9 @@ from prosparse_core.recipe import Recipe
 from tasks.step import Outcome, Run
 
 log = logging.getLogger("prosparse")
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+PIPED_WIDTH = 240
+"""Columns where there is no terminal to ask: a table in a log is not folded."""
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 PLAIN_EVERY_S = 5.0
 MARKS = {"done": "[green]✓[/]", "cached": "[cyan]=[/]", "failed": "[red]✗[/]", "would run": "[yellow]·[/]"}
@@ -243,7 +245,7 @@ def print_result(result: summary.Result) -> None:
     if result.settings:
         columns = ["setting", *result.corpora, "accuracy", "threshold"]
         rows = [
-            [s.setting, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold] for s in result.settings
+            [s.label, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold] for s in result.settings
         ]
         table(columns, rows, title=f"{result.recipe} · held-out files: token perplexity, sparsity")
     for line in result.lines:

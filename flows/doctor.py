@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from prosparse_core.errors import ProSparseError
+from prosparse_core.store import verify
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,9 +27,11 @@ class Finding:
     way_out: str = ""
 
 
-def examine(home: Path) -> list[Finding]:
-    """Every check, in the order a run would meet them."""
+def examine(home: Path, *, verify_store: bool = False) -> list[Finding]:
+    """Every check, in the order a run would meet them; ``verify_store`` also reads and hashes every artifact."""
     checks: list[Callable[[], Iterator[Finding]]] = [_versions, _server, _kernels_name, _compiler, lambda: _disk(home)]
+    if verify_store:
+        checks.append(lambda: _store(home))
     return [finding for check in checks for finding in check()]
 
 
@@ -88,3 +93,19 @@ def _disk(home: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(at).free / 2**30
     state: Literal["fine", "warning"] = "fine" if free > 10 else "warning"
     yield Finding("disk", state, f"{free:.0f} GiB free at {at}", "" if free > 10 else "smollm2-135m needs about 9 GiB")
+
+
+def _store(home: Path) -> Iterator[Finding]:
+    """Bits rot, and people edit: an artifact whose files no longer have their recorded hashes is worth nothing."""
+    damaged, sound = [], 0
+    for record in sorted((home / "store").glob("*/*/artifact.json")):
+        try:
+            changed = verify(record.parent)
+        except ProSparseError as error:
+            changed = [str(error)]
+        sound += not changed
+        damaged += [f"{record.parent.relative_to(home)}: {', '.join(changed)}"] if changed else []
+    if damaged:
+        yield Finding("store", "broken", "; ".join(damaged), "delete these folders; the next run makes them again")
+    else:
+        yield Finding("store", "fine", f"{sound} artifacts, every file as it was written")

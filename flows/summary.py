@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prosparse_core.store import Artifact, make_folder, read_record, write_json
+from prosparse_core.store import FACTS, Artifact, make_folder, read_record, write_json
 from tasks.step import Run
 
 
@@ -22,6 +22,16 @@ class SettingResult:
     sparsity: Mapping[str, float]
     accuracy: float | None
     threshold: float | None
+    """FATReLU's, as the mean over layers where each has its own."""
+    l1: float | None = None
+    seed: int | None = None
+    """Given where it is not the recipe's."""
+
+    @property
+    def label(self) -> str:
+        """The setting, with what tells it from others of that name: a fixed factor, a further seed."""
+        factor = f" {self.l1:g}" if self.setting == "fixed_l1" and self.l1 is not None else ""
+        return self.setting + factor + ("" if self.seed is None else f" (seed {self.seed})")
 
 
 @dataclass
@@ -73,7 +83,7 @@ def of_run(run: Run) -> Result:
         if artifact.step == "calibrate":
             threshold = meta["threshold"]
         elif artifact.step == "evaluate":
-            result.settings.append(_setting(artifact, meta, threshold))
+            result.settings.append(_setting(artifact, meta, threshold, run.recipe.seed))
             result.corpora = list(meta["perplexity"])
         elif artifact.step == "predictor":
             result.predictor = meta
@@ -87,14 +97,18 @@ def of_run(run: Run) -> Result:
     return result
 
 
-def _setting(artifact: Artifact, meta: Mapping[str, Any], threshold: float | None) -> SettingResult:
-    name = read_record(artifact.path)["payload"]["config"]["variant"]["setting"]
+def _setting(artifact: Artifact, meta: Mapping[str, Any], threshold: float | None, seed: int) -> SettingResult:
+    variant = read_record(artifact.path)["payload"]["config"]["variant"]
+    facts = (json.loads(line) for line in (artifact.path / FACTS).read_text(encoding="utf-8").splitlines())
+    training = next(fact for fact in facts if fact["table"] == "variants")
     return SettingResult(
-        setting=name,
+        setting=variant["setting"],
         perplexity=meta["perplexity"],
         sparsity=meta["sparsity"],
         accuracy=next(iter(meta.get("accuracy", {}).values()), None),
-        threshold=threshold if name == "prosparse" else None,
+        threshold=threshold if variant["activation"] == "fatrelu" else None,
+        l1=training["l1"],
+        seed=None if training["seed"] in (None, seed) else training["seed"],
     )
 
 

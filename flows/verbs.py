@@ -178,7 +178,7 @@ def verb_recover(arguments: argparse.Namespace) -> int:
 def verb_doctor(arguments: argparse.Namespace) -> int:
     from flows import doctor
 
-    findings = doctor.examine(home_folder())
+    findings = doctor.examine(home_folder(), verify_store=arguments.verify)
     _print(
         arguments, ["check", "state", "found", "way out"], [[f.check, f.state, f.found, f.way_out] for f in findings]
     )

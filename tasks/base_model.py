@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,7 @@ def _from_gguf(path: Path, target: Path, work: Work) -> None:
     """Dequantise a GGUF once to fp32. A fresh model takes the weights: the loaded one refuses to be saved."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
     check_gguf(path)
@@ -139,13 +142,31 @@ def _from_gguf(path: Path, target: Path, work: Work) -> None:
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     require_family(config.model_type, where=str(path))
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _reported(gguf_reader, work):
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     fresh = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _reported(reader: Any, work: Work) -> Iterator[None]:
+    """The library's own progress bar over the tensors of a GGUF, told to our progress instead of drawn."""
+    bar = reader.tqdm
+
+    def tensors(found: Sequence[Any], **_: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(found, start=1):
+            yield tensor
+            work.progress.update(done, len(found) + 1)
+
+    reader.tqdm = tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 def check_tokenizer(folder: Path) -> None:

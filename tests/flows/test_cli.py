@@ -15,6 +15,7 @@ import yaml
 
 from flows import cli
 from prosparse_core import recipe as recipes
+from prosparse_core.store import Store
 
 
 @pytest.fixture
@@ -181,3 +182,23 @@ def test_doctor_finds_this_machine_fit(home: Path, capsys: pytest.CaptureFixture
     assert code == 0, findings
     assert {f["check"] for f in findings} >= {"prefect server", "package name kernels", "C++ compiler", "disk"}
     assert time.monotonic() - began < 60
+
+
+def test_doctor_finds_an_artifact_that_was_edited(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(home)
+    for name in ("whole", "edited"):
+        folder = store.work_folder("mixture", name)
+        folder.mkdir(parents=True)
+        (folder / "data.txt").write_text(name)
+        store.commit(folder, step="mixture", label=name, payload={"is": name}, inputs={}, provenance={}, meta={})
+    assert doctor_says_of_the_store(capsys) == ("fine", "2 artifacts, every file as it was written", 0)
+    next(home.glob("store/mixture/*/data.txt")).write_text("something else")
+    state, found, code = doctor_says_of_the_store(capsys)
+    assert (state, code) == ("broken", 3)
+    assert found.endswith("data.txt")
+
+
+def doctor_says_of_the_store(capsys: pytest.CaptureFixture[str]) -> tuple[str, str, int]:
+    code = cli.main(["doctor", "--verify", "--json"])
+    finding = next(f for f in json.loads(capsys.readouterr().out) if f["check"] == "store")
+    return finding["state"], finding["found"], code
