@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -39,8 +40,9 @@ def test_make_targets_exist(command: str) -> None:
 def test_deployments_exist(command: str) -> None:
     flow, deployment = command.split()[3].split("/")
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
-    assert deployment in [d["name"] for d in deployments]
-    assert flow == "prosparse"
+    entry = {d["name"]: d["entrypoint"] for d in deployments}[deployment]
+    module, _, function = entry.rpartition(".")
+    assert getattr(importlib.import_module(module), function).name == flow
 
 
 def test_every_command_is_of_a_known_kind() -> None:

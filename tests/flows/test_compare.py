@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from prosparse_core import recipe as recipes
 from prosparse_core import settings
 from prosparse_core.ledger import Ledger
+from prosparse_core.random_model import build_random
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SHORT = (
@@ -32,8 +34,11 @@ SHORT = (
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     home = tmp_path_factory.mktemp("home")
+    config = {**recipes.load("tiny").model.config, "hidden_act": "relu"}
+    build_random("llama", config, 5, home / "relullama")
+    imported = f"compare.imported=[{{setting: relullama, source: {home / 'relullama'}}}]"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    overrides = [part for override in SHORT for part in ("--set", override)]
+    overrides = [part for override in (*SHORT, imported) for part in ("--set", override)]
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", "compare", "tiny", "--json", *overrides],
         cwd=home,
@@ -48,14 +53,16 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_every_setting_is_measured_under_equal_tokens(compared: tuple[Path, dict[str, Any]]) -> None:
     home, result = compared
     rows = Ledger(home).query("SELECT setting, tokens_seen, seed, l1, sparsity, perplexity FROM leaderboard").records()
-    assert {r["setting"] for r in rows} == set(settings.SETTINGS)
-    assert {r["tokens_seen"] for r in rows if r["setting"] != "original"} == {14 * 512}
+    untrained = {"original", "relullama", "relullama_fatrelu"}
+    assert {r["setting"] for r in rows} == set(settings.SETTINGS) | untrained
+    assert {r["tokens_seen"] for r in rows if r["setting"] not in untrained} == {14 * 512}
     assert sorted(r["seed"] for r in rows if r["setting"] == "prosparse") == [7, 42]
     assert {r["l1"] for r in rows if r["setting"] in ("fixed_l1", "prosparse")} == {0.2}
     assert all(r["perplexity"] > 1 for r in rows)
     zeros = {r["setting"]: r["sparsity"] for r in rows}
     assert max(zeros["original"], zeros["original_continued"]) < 0.01
     assert zeros["vanilla_relu"] < zeros["drelu"]
+    assert zeros["relullama"] > 0.4
     assert zeros["prosparse"] >= zeros["prosparse_star"] - 1e-9
     assert len(result["settings"]) == len(rows)
 
