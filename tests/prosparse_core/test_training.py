@@ -172,7 +172,7 @@ def test_a_torn_checkpoint_is_ignored_and_a_corrupt_one_is_dropped_aloud(tmp_pat
         def note(self, text: str) -> None:
             notes.append(text)
 
-    assert checkpoint.restore(tmp_path, model, optimizer, Notes()) == 0
+    assert checkpoint.restore(tmp_path, model, optimizer, Notes()) == (0, {})
     assert "not readable" in notes[0]
     assert checkpoint.latest(tmp_path) is None
 
