@@ -12,6 +12,7 @@ EXAMPLES = """examples:
   prosparse run tiny                     the whole chain in a minute
   prosparse plan smollm2-135m            what would run, what is cached, what it costs
   prosparse run smollm2-135m --set train.lr=2e-4
+  prosparse evaluate MODEL --limit 100   the paper's benchmarks for any checkpoint
   prosparse query "FROM results"
   prosparse up && prefect deployment run prosparse/full --watch
 Running the same command again goes on where it stopped. Data lives under $PROSPARSE_HOME (default ./.prosparse).
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--inline", action="store_true", help="without Prefect: same steps, same store, same ledger"
             )
+    _add_evaluate(verb("evaluate", "measure any checkpoint on benchmarks, without training"))
     recipe_verb("validate", "check a recipe; reports every error at once")
     verb("recipes", "the recipes that come with the product")
     for name, help_ in (
@@ -66,14 +68,37 @@ def build_parser() -> argparse.ArgumentParser:
     query.add_argument(
         "sql", metavar="SQL", nargs="?", help='for example "FROM results"; without it, example questions'
     )
-    report = verb("report", "write the report of a run as one HTML file")
-    report.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
-    report.add_argument("--out", metavar="FILE", help="where to write it (default: report.html)")
+    report = verb("report", "write the report of a run as one HTML file, or the results page of a comparison")
+    report.add_argument("run", metavar="RUN", nargs="*", help="a run id (default: the newest finished run)")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--out", metavar="FILE", help="where to write it (default: report.html)")
+    form.add_argument(
+        "--markdown",
+        metavar="DIR",
+        nargs="?",
+        const="docs",
+        help="write DIR/results.md (default: docs) about a comparison; other runs, as a long one, add their curves",
+    )
     export = verb("export", "copy the exported model of a run")
     export.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
     export.add_argument("--to", choices=["hf"], default="hf", help="the format")
     export.add_argument("--out", metavar="DIR", help="where to (default: ./<recipe>-prosparse)")
     return parser
+
+
+def _add_evaluate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model", metavar="MODEL", help="a folder, an exported model, a hub id, a variant id or an artifact's digest"
+    )
+    sub.add_argument("--tasks", metavar="a,b", help="benchmarks, groups (code, commonsense, reading, paper), lm-eval's")
+    sub.add_argument("--datasets", metavar="DIR", help="a folder laid out like the hub (default: the hub)")
+    sub.add_argument("--limit", metavar="N", type=int, help="at most N documents a task; rows are marked partial")
+    sub.add_argument("--run-code", action="store_true", help="let HumanEval and MBPP execute what the model wrote")
+    sub.add_argument("--recipe", metavar="RECIPE", help="also measure on this recipe's held-out corpora")
+    sub.add_argument("--batch-size", metavar="N", type=int, help="sequences per forward pass (default: 4)")
+    sub.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="default: the recipe's, or auto")
+    sub.add_argument("--force", action="store_true", help="measure again though the store has it")
+    sub.add_argument("--inline", action="store_true", help="without Prefect: same step, same store, same ledger")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

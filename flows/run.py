@@ -31,7 +31,7 @@ def home_folder() -> Path:
 
 @contextlib.contextmanager
 def open_run(
-    recipe: str,
+    recipe: str | Recipe,
     overrides: Sequence[str] = (),
     *,
     flow: str = "prosparse",
@@ -41,13 +41,17 @@ def open_run(
 ) -> Iterator[Run]:
     """A run of a recipe, recorded in the ledger whatever happens to it.
 
+    Args:
+        recipe: a name or path; or a recipe already loaded, which its flow has checked.
+
     Raises:
         BadInput, EnvironmentProblem: before anything is written.
     """
-    loaded = recipes.load(recipe, overrides)
+    loaded = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, overrides)
     check_steps(force, until)
     home = home_folder()
-    preflight.check(loaded, home)
+    if not isinstance(recipe, Recipe):
+        preflight.check(loaded, home)
     ledger = Ledger(make_folder(home))
     run = Run(
         recipe=loaded,

@@ -68,6 +68,7 @@ class Deployment:
 DEPLOYMENTS: tuple[Deployment, ...] = (  # the same as in prefect.yaml
     Deployment("full", "flows.full.prosparse"),
     Deployment("settings", "flows.compare.compare"),
+    Deployment("variant", "flows.evaluate.variant"),
 )
 
 

@@ -37,10 +37,26 @@ def verb_compare(arguments: argparse.Namespace) -> int:
     return _run(arguments, "compare", every_setting, compare)
 
 
+def verb_evaluate(arguments: argparse.Namespace) -> int:
+    """Measure any checkpoint, ours or not, without training."""
+    _before_prefect(arguments)
+    from flows.evaluate import from_command_line
+
+    run_id = from_command_line(arguments)
+    if arguments.json:
+        console.print_json(summary.load(home_folder(), run_id))
+    return 0
+
+
 def _before_a_run(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot end well, and tell Prefect where to keep things before it is imported."""
+    """Refuse what cannot end well."""
     check_steps(arguments.force, arguments.until)
     preflight.check(recipes.load(arguments.recipe, arguments.overrides), home_folder())
+    _before_prefect(arguments)
+
+
+def _before_prefect(arguments: argparse.Namespace) -> None:
+    """Tell Prefect where to keep things before it is imported."""
     if arguments.json:
         console.only_json()
     if not arguments.inline:
@@ -186,12 +202,18 @@ def verb_doctor(arguments: argparse.Namespace) -> int:
 
 
 def verb_report(arguments: argparse.Namespace) -> int:
-    """Write the report of a finished run from the ledger."""
-    from prosparse_core.report import write_report
+    """Write the report of a finished run from the ledger, or the results page of a comparison."""
+    from prosparse_core.report import write_report, write_results
 
     ledger = Ledger(home_folder())
+    if arguments.markdown:
+        written = write_results(ledger, arguments.run, Path(arguments.markdown))
+        _print(arguments, ["results page"], [[str(written[0].resolve())]])
+        return 0
+    if len(arguments.run) > 1:
+        raise BadInput("a report is about one run", hint="--markdown DIR writes one page about several")
     target = Path(arguments.out or "report.html")
-    write_report(ledger, _finished_run(ledger, arguments.run), target)
+    write_report(ledger, _finished_run(ledger, next(iter(arguments.run), None)), target)
     _print(arguments, ["report"], [[str(target.resolve())]])
     return 0
 

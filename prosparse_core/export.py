@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.families import EXPORTED as PREFIX
 from prosparse_core.families import require_family
 from prosparse_core.store import require_space, write_json
 from prosparse_core.variants import check_folder, load_model, load_tokenizer
@@ -27,8 +28,6 @@ from prosparse_core.variants import check_folder, load_model, load_tokenizer
 REMOTE_CODE = Path(__file__).resolve().parent / "remote_code"
 CODE_FILES = ("configuration_prosparse.py", "modeling_prosparse.py")
 CARD = "README.md"
-PREFIX = "prosparse_"
-"""What an exported ``model_type`` has before the name of its architecture."""
 AUTO_MAP = {
     "AutoConfig": "configuration_prosparse.ProSparseConfig",
     "AutoModel": "modeling_prosparse.ProSparseModel",

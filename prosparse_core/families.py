@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+EXPORTED = "prosparse_"
+"""What an exported model's ``model_type`` has before the name of its architecture, whose layout it keeps."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One FFN layout, shared by one or more architectures (``config.model_type``)."""
@@ -81,8 +85,8 @@ class FFN:
 
 
 def family_of(model_type: str) -> Family | None:
-    """The family of an architecture, or None when no entry names it."""
-    return next((f for f in FAMILIES if model_type in f.model_types), None)
+    """The family of an architecture, or None when no entry names it; an exported model has that of its architecture."""
+    return next((f for f in FAMILIES if model_type.removeprefix(EXPORTED) in f.model_types), None)
 
 
 def require_family(model_type: str, *, where: str, model: nn.Module | None = None) -> Family:

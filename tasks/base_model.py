@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.families import require_family
+from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL, check_folder
@@ -56,10 +56,14 @@ def identity(model: Model) -> dict[str, Any]:
     path = Path(model.source).expanduser()
     if path.suffix == ".gguf":
         check_gguf(path)
-        return {"gguf": _hash_files([path])}
+        return {"gguf": hash_files([path])}
     if path.is_dir():
-        check_folder(path)
-        return {"folder": _hash_files(sorted(p for p in path.iterdir() if p.is_file()))}
+        if str(check_folder(path)["model_type"]).startswith(EXPORTED):
+            raise BadInput(
+                f"model.source: {path} is a model this pipeline exported: it is finished, not dense",
+                hint=f"measure it with prosparse evaluate {path}",
+            )
+        return {"folder": hash_files(sorted(p for p in path.iterdir() if p.is_file()))}
     if model.source.startswith((".", "/", "~")) or model.source.count("/") != 1:
         raise BadInput(
             f"model.source: {model.source!r} is no folder, and no hub id (owner/name)",
@@ -203,7 +207,7 @@ def _gguf_of(package: str) -> Path:
     return Path(str(found[0]))
 
 
-def _hash_files(paths: list[Path]) -> dict[str, Any]:
+def hash_files(paths: list[Path]) -> dict[str, Any]:
     """Content where it is small enough to read at once, else size and time of change."""
     whole = sum(p.stat().st_size for p in paths) < HASHED_WHOLE_BELOW
     result: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""evaluate: perplexity per corpus and accuracy through lm-eval, and the sparsity of the very same forward passes."""
+"""evaluate: perplexity per corpus, sparsity of the very same forward passes, and benchmarks; all through lm-eval."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import Variant
-from tasks.evaluate_scoring import evaluating, make_scorer, quiet, run_task
+from tasks.benchmark_data import Datasets
+from tasks.benchmarks import Planned, plan_benchmarks
+from tasks.evaluate_scores import harness_scores
+from tasks.evaluate_scoring import evaluating, load_task, make_scorer, quiet, run_task
 from tasks.evaluate_tasks import (
     CHOICES_TASK,
     NO_CHOICES,
     HeldOut,
     Score,
-    choice_scores,
     choices_task,
     corpus_scores,
     corpus_task,
@@ -30,7 +32,7 @@ from tasks.step import Run, Work
 if TYPE_CHECKING:
     from prosparse_core.sparsity import LayerSparsity
 
-VERSION = 1
+VERSION = 2
 RESULTS = "results.json"
 MIN_LENGTH = 512
 """Documents are scored in windows of at least this many tokens, as far as the model's context reaches."""
@@ -47,6 +49,8 @@ class Evaluation:
     """precision, batch_size, max_length, prefix, limit, harness_version."""
     raw: Mapping[str, Any]
     """lm-eval's own results by task."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long each benchmark took."""
 
     @property
     def perplexity(self) -> dict[str, float | None]:
@@ -64,43 +68,79 @@ class Evaluation:
         return {s.task: s.value for s in self.scores if s.task and s.metric == "acc"}
 
 
-def evaluate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
-    """The artifact with the harness's ``results.json`` and the facts of one variant on the evaluation files."""
+def evaluate(run: Run, variant: Variant, corpora: Artifact | None) -> Artifact:
+    """The artifact with the harness's ``results.json`` and the facts of one variant.
+
+    Args:
+        corpora: the mixture whose evaluation files give perplexity and sparsity; None: benchmarks only.
+
+    Raises:
+        BadInput: before the model is read, where a benchmark cannot be measured as asked; see :mod:`tasks.benchmarks`.
+    """
     recipe = run.recipe
+    planned, datasets = plan_benchmarks(recipe.evaluate)
     device = resolve_device(recipe.runtime.device)
     precision = resolve(recipe.model.precision, device)
     return run.step(
         "evaluate",
         f"evaluate · {variant.setting}",
-        lambda work: _build(work, run, variant, corpora, precision, device),
+        lambda work: _build(work, run, variant, corpora, planned, datasets, precision, device),
         version=VERSION,
         config={
-            "evaluate": recipe.evaluate.model_dump(mode="json"),
-            "seq_len": recipe.data.seq_len,
+            # What the data are counts, not where they lie.
+            "evaluate": recipe.evaluate.model_dump(mode="json", exclude={"benchmarks", "datasets", "run_code"}),
+            "benchmarks": [p.identity for p in planned],
             "precision": precision,
             "variant": variant.identity,
             "harness_version": harness_version(),
         },
-        inputs={**variant.inputs, "corpora": corpora},
+        inputs={**variant.inputs, **({} if corpora is None else {"corpora": corpora})},
     )
 
 
-def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
+def _build(
+    work: Work,
+    run: Run,
+    variant: Variant,
+    corpora: Artifact | None,
+    planned: Sequence[Planned],
+    datasets: Datasets,
+    precision: Precision,
+    device: str,
+) -> None:
     from prosparse_core.variants import load_variant
+    from tasks.evaluate_benchmarks import measure_benchmarks
 
     section = run.recipe.evaluate
-    held_out = read_held_out(corpora.path, choice=section.choice)
+    held_out = None if corpora is None else read_held_out(corpora.path, choice=section.choice)
     model, tokenizer = load_variant(variant, device)
-    found = measure_held_out(
-        model,
-        tokenizer,
-        held_out,
-        precision=precision,
-        batch_size=section.batch_size,
-        limit=section.limit,
-        progress=work.progress,
+    how: dict[str, Any] = {
+        "precision": precision,
+        "batch_size": section.batch_size,
+        "limit": section.limit,
+        "progress": work.progress,
+    }
+    parts = []
+    if held_out is not None:
+        parts.append(measure_held_out(model, tokenizer, held_out, **how))
+    if planned:
+        parts.append(measure_benchmarks(model, tokenizer, planned, datasets, **how))
+    record(work, run.recipe.model.id, variant, together(parts))
+
+
+def together(parts: Sequence[Evaluation]) -> Evaluation:
+    """Measurements of one model as one; conditions they share are said once."""
+    raw: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for section, entries in part.raw.items():
+            raw.setdefault(section, {}).update(entries)
+    return Evaluation(
+        scores=tuple(score for part in parts for score in part.scores),
+        layers={corpus: layers for part in parts for corpus, layers in part.layers.items()},
+        conditions={key: value for part in parts for key, value in part.conditions.items()},
+        raw=raw,
+        seconds={name: value for part in parts for name, value in part.seconds.items()},
     )
-    record(work, run.recipe.model.id, variant, found)
 
 
 def record(work: Work, model: str, variant: Variant, found: Evaluation) -> None:
@@ -112,7 +152,6 @@ def record(work: Work, model: str, variant: Variant, found: Evaluation) -> None:
             "evaluations",
             variant=variant.id,
             **{k: v for k, v in asdict(score).items() if k != "partial"},
-            num_fewshot=0,
             limit=conditions["limit"] if score.partial else None,
             batch_size=conditions["batch_size"],
             dtype=conditions["precision"],
@@ -126,7 +165,8 @@ def record(work: Work, model: str, variant: Variant, found: Evaluation) -> None:
             work.fact("sparsity", variant=variant.id, corpus=corpus, threshold=threshold, **asdict(layer))
     write_json(work.folder / RESULTS, {"conditions": dict(conditions), **found.raw})
     measured = {"perplexity": found.perplexity, "sparsity": found.sparsity, "accuracy": found.accuracy}
-    work.meta.update(setting=variant.setting, **measured, **conditions)
+    benchmarks = [asdict(s) for s in found.scores if s.task and s.task != CHOICES_TASK]
+    work.meta.update(setting=variant.setting, **measured, **conditions, benchmarks=benchmarks, seconds=found.seconds)
 
 
 def measure_loaded(
@@ -136,28 +176,14 @@ def measure_loaded(
     *,
     corpora: list[str] | None = None,
     choice: bool = True,
-    precision: Precision,
-    batch_size: int,
-    limit: int | None = None,
-    max_length: int | None = None,
-    progress: Progress | None = None,
+    **how: Any,
 ) -> Evaluation:
-    """Measure a model that is already loaded, such as an exported one, on a mixture's evaluation files.
+    """:func:`measure_held_out` on a mixture's evaluation files, read and checked first.
 
     Raises:
         BadInput: see :func:`tasks.evaluate_tasks.read_held_out` and :func:`measure_held_out`.
     """
-    held_out = read_held_out(folder_of_heldout, corpora, choice=choice)
-    return measure_held_out(
-        model,
-        tokenizer,
-        held_out,
-        precision=precision,
-        batch_size=batch_size,
-        limit=limit,
-        max_length=max_length,
-        progress=progress,
-    )
+    return measure_held_out(model, tokenizer, read_held_out(folder_of_heldout, corpora, choice=choice), **how)
 
 
 def measure_held_out(
@@ -201,7 +227,7 @@ def measure_held_out(
         def run(spec: dict[str, Any], number: int) -> dict[str, Any]:
             before, name = sum(sizes[:number]), spec["task"]
             scorer.on_progress = lambda share: progress.update(before + share * sizes[number], sum(sizes), task=name)
-            return run_task(scorer, spec, limit, raw)
+            return run_task(scorer, load_task(spec), limit, raw)
 
         about = f"prefix {scorer.prefix} ({scorer.prefix_kind}), windows of {max_length} tokens"
         for number, (corpus, rows) in enumerate(held_out.corpora.items()):
@@ -218,8 +244,9 @@ def measure_held_out(
             note += "; loss on the answers only" if contexts[0] is not None else ""
             scores += corpus_scores(corpus, samples, partial=len(samples) < len(rows), note=note)
         if held_out.choices:
-            results = run(choices_task(held_out.choices), len(held_out.corpora))["results"][CHOICES_TASK]
-            scores += choice_scores(results, partial=results["sample_len"] < len(held_out.choices), note=about)
+            results = run(choices_task(held_out.choices), len(held_out.corpora))
+            partial = len(results["samples"][CHOICES_TASK]) < len(held_out.choices)
+            scores += harness_scores(results, CHOICES_TASK, headline="acc", partial=partial, note=about)
         elif held_out.choices is not None:
             scores.append(Score("acc", None, None, 0, True, task=CHOICES_TASK, headline=True, note=NO_CHOICES))
     conditions = {

@@ -1,4 +1,4 @@
-"""How evaluate runs a model under the harness: windows, padding, precision, BOS, and the sparsity meter beside them."""
+"""How evaluate runs a model under the harness: windows, padding, precision, BOS, stops, and the sparsity meter."""
 
 from __future__ import annotations
 
@@ -12,23 +12,53 @@ from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import ProSparseError
 from prosparse_core.precision import Precision, autocast
+from tasks.evaluate_decoding import common_prefix, decode_greedily, read_prefix, score_answers
 
 if TYPE_CHECKING:
     from prosparse_core.sparsity import SparsityMeter
 
 
-def run_task(scorer: Any, spec: dict[str, Any], limit: int | None, raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One task through the harness; its results (without samples, paths and code) are added to ``raw``."""
-    from lm_eval.evaluator import evaluate as run_harness
+FEWSHOT_SEED = 1234
+"""Which examples stand before a question, where a task draws them; the harness's own default."""
+
+
+def load_task(spec: dict[str, Any]) -> Any:
+    """A task of the harness from its settings, with its data read and its few-shot examples made repeatable."""
     from lm_eval.tasks import TaskManager
 
-    tasks = TaskManager(include_defaults=False).load([spec])
+    (task,) = TaskManager(include_defaults=False).load([spec])["tasks"].values()
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    return task
+
+
+def run_task(scorer: Any, task: Any, limit: int | None, raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One task through the harness; its results (without samples, paths and code) are added to ``raw``.
+
+    Standard errors are ours to compute: the harness resamples 100,000 times where there is no formula.
+    """
+    from lm_eval.evaluator import evaluate as run_harness
+
     # simple_evaluate would reseed the process and call pip and git for a description of the machine: 2 s a task.
-    results = run_harness(scorer, tasks, limit=limit, log_samples=True)
+    tasks = {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
+    results = run_harness(scorer, tasks, limit=limit, log_samples=True, bootstrap_iters=0)
     assert results is not None
     for section in ("results", "versions", "n-shot", "higher_is_better", "n-samples"):
         raw.setdefault(section, {}).update(results[section])
     return results
+
+
+def questions(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
+) -> dict[tuple[int, ...], list[int]]:
+    """Contexts that several answers follow, all within ``max_length``, with the places of their answers."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, _) in enumerate(pairs):
+        found.setdefault(tuple(context), []).append(i)
+    return {
+        context: members
+        for context, members in found.items()
+        if len(members) > 1 and all(0 < len(pairs[i][1]) <= max_length + 1 - len(context) for i in members)
+    }
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,7 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
         def __init__(self) -> None:
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
             self.num_scored: dict[tuple[str, ...], int] = {}
+            self.num_truncated = 0
             self.prefix_kind = "EOS, for want of a BOS" if self.tokenizer.bos_token_id is None else "BOS"
             self.prefix = self.tokenizer.convert_ids_to_tokens(self.prefix_token_id)
 
@@ -127,10 +158,25 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             return [loglikelihood for loglikelihood, _ in self._loglikelihood_tokens(encoded)]
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            pieces = [(i, w) for i, (_, c, k) in enumerate(requests) for w in windows(c, k, self.max_length)]
-            pieces.sort(key=lambda piece: -len(piece[1].inputs))
             totals, greedy = [0.0] * len(requests), [True] * len(requests)
-            done, all_inputs = 0, sum(len(w.inputs) for _, w in pieces)
+            # What is metered is read as it stands: shared tokens would count once.
+            shared = {} if self.meter is not None else questions([r[1:] for r in requests], self.max_length)
+            together = {i for members in shared.values() for i in members}
+            pieces = [
+                (i, w)
+                for i, (_, c, k) in enumerate(requests)
+                if i not in together
+                for w in windows(c, k, self.max_length)
+            ]
+            pieces.sort(key=lambda piece: -len(piece[1].inputs))
+            done, all_inputs = 0, sum(map(len, shared)) + sum(len(w.inputs) for _, w in pieces)
+            prefix = read_prefix(model, common_prefix(list(shared)), precision)
+            for context, members in shared.items():
+                answers = [requests[i][2] for i in members]
+                for i, score in zip(members, score_answers(model, context, answers, precision, prefix), strict=True):
+                    totals[i], greedy[i] = score
+                done += len(context)
+                self.on_progress(done / all_inputs)
             for at in range(0, len(pieces), batch_size):
                 batch = pieces[at : at + batch_size]
                 found = score_windows(model, [w for _, w in batch], precision, self.meter)
@@ -144,6 +190,51 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             if not all(map(math.isfinite, totals)):
                 raise ProSparseError("the model's log-likelihoods are not finite: its logits hold nan or inf")
             return list(zip(totals, greedy, strict=True))
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+            """Greedy continuations up to a stop string; each prompt begins with one BOS, also when its front is cut."""
+            settings = requests[0].args[1]
+            assert all(r.args[1] == settings for r in requests), "one task at a time"
+            if settings.get("do_sample"):
+                raise ProSparseError(
+                    "this task samples its answers, which cannot be repeated: only greedy ones are measured"
+                )
+            stops = [settings["until"]] if isinstance(settings["until"], str) else list(settings["until"])
+            max_new = min(int(settings["max_gen_toks"]), max(1, self.max_length // 2))
+            head = [self.prefix_token_id]
+            prompts = []
+            for request in requests:
+                ids = self.tok_encode(request.args[0])
+                ids = ids[1:] if ids[:1] == head else ids
+                room = self.max_length - max_new - 1
+                self.num_truncated += len(ids) > room
+                prompts.append(head + ids[max(0, len(ids) - room) :])
+            ends = {self.tokenizer.eos_token_id} - {None}
+            # A stop string of n bytes lies within the last n tokens, and within n more where a token is half of one.
+            tail = 2 * max((len(stop.encode()) for stop in stops), default=0)
+
+            def is_finished(ids: list[int]) -> bool:
+                text = self.tokenizer.decode(ids[-tail:]) if stops else ""
+                return ids[-1] in ends or any(stop in text for stop in stops)
+
+            prefix = read_prefix(model, common_prefix(prompts), precision)
+            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+            texts = [""] * len(prompts)
+            for at in range(0, len(order), batch_size):
+                rows = order[at : at + batch_size]
+                found = decode_greedily(
+                    model,
+                    [prompts[i] for i in rows],
+                    precision,
+                    max_new=max_new,
+                    is_finished=is_finished,
+                    prefix=prefix,
+                )
+                for i, ids in zip(rows, found, strict=True):
+                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    texts[i] = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+                self.on_progress((at + len(rows)) / len(order))
+            return texts
 
     return Scorer()
 

@@ -42,6 +42,7 @@ class Score:
     partial: bool = False
     """Fewer documents were measured than there are."""
     note: str | None = None
+    num_fewshot: int = 0
 
 
 @dataclass(frozen=True)
@@ -249,27 +250,6 @@ def corpus_scores(corpus: str, samples: Sequence[dict[str, Any]], *, partial: bo
                 headline=metric == "token_perplexity",
                 partial=partial,
                 note=note if known else f"beyond the range of a double; {note}",
-            )
-        )
-    return scores
-
-
-def choice_scores(result: dict[str, Any], *, partial: bool, note: str) -> list[Score]:
-    """acc (summed log-likelihood) and acc_norm (per character of the answer) as the harness computed them."""
-    scores = []
-    for metric in ("acc", "acc_norm"):
-        stderr = result[f"{metric}_stderr,none"]
-        scores.append(
-            Score(
-                metric,
-                float(result[f"{metric},none"]),
-                None if stderr == "N/A" else float(stderr),
-                n=int(result["sample_len"]),
-                higher_is_better=True,
-                task=CHOICES_TASK,
-                headline=metric == "acc",
-                partial=partial,
-                note=note,
             )
         )
     return scores

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from prosparse_core.errors import ProSparseError
 from prosparse_core.sparsity import SparsityMeter
 from prosparse_core.substitute import use_relu
-from tasks.evaluate_scoring import Window, evaluating, make_scorer, quiet, run_task, score_windows, windows
+from tasks.evaluate_scoring import Window, evaluating, load_task, make_scorer, quiet, run_task, score_windows, windows
 from tasks.evaluate_tasks import choices_task, corpus_task
 from tests.tasks.held_out_files import CONTEXT, QUESTIONS, TEXTS, make_model
 
@@ -195,8 +195,8 @@ def test_harness_tasks_need_no_network_and_no_cache_folder(
     with quiet():
         capfd.readouterr()
         raw: dict[str, Any] = {}
-        run_task(scorer, corpus_task("code", rows, [None] * 3, scorer.num_scored), None, raw)
-        run_task(scorer, choices_task(questions), 2, raw)
+        run_task(scorer, load_task(corpus_task("code", rows, [None] * 3, scorer.num_scored)), None, raw)
+        run_task(scorer, load_task(choices_task(questions)), 2, raw)
     assert capfd.readouterr() == ("", ""), "no bars, no remarks"
     assert not (tmp_path / "cache").exists()
     assert raw["n-samples"]["code"] == {"original": 3, "effective": 3}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prosparse_core.errors import BadInput
-from tasks.evaluate_tasks import DENOMINATORS, choice_scores, corpus_scores, ratio_score, read_held_out
+from tasks.evaluate_tasks import DENOMINATORS, corpus_scores, ratio_score, read_held_out
 from tests.tasks.held_out_files import write_held_out
 
 counts = st.integers(1, 200)
@@ -123,11 +123,3 @@ def test_one_document_has_no_standard_error_and_a_huge_value_is_not_a_number() -
     assert scores["word_perplexity"].note == "beyond the range of a double; why"
     assert scores["bits_per_byte"].value == pytest.approx(2000 / math.log(2))
     assert json.dumps([s.value for s in scores.values()], allow_nan=False)
-
-
-def test_choice_scores_keep_the_harness_s_numbers() -> None:
-    result = {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4}
-    result |= {"acc_norm,none": 1.0, "acc_norm_stderr,none": "N/A"}
-    acc, norm = choice_scores(result, partial=True, note="n")
-    assert (acc.value, acc.stderr, acc.n, acc.headline, acc.partial) == (0.5, 0.1, 4, True, True)
-    assert (norm.value, norm.stderr, norm.headline, norm.higher_is_better) == (1.0, None, False, True)
