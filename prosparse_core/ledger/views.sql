@@ -74,7 +74,8 @@ CREATE VIEW facts AS
   FROM sparsity
   UNION ALL BY NAME
   SELECT artifact, variant, 'threshold' AS kind, m.name, corpus AS corpus_or_task, m.value, m.unit, num_tokens AS n,
-    json_object('rule', rule, 'scope', scope, 'threshold', threshold, 'chosen', chosen) AS conditions
+    without_nulls(json_object('rule', rule, 'scope', scope, 'threshold', threshold, 'cett', cett,
+      'chosen', chosen)) AS conditions
   FROM thresholds,
     unnest([{name: 'token_perplexity', value: perplexity, unit: 'perplexity'},
             {name: 'sparsity', value: sparsity, unit: 'fraction'}]) u(m)
@@ -123,12 +124,12 @@ COMMENT ON VIEW results IS
 CREATE VIEW threshold_tradeoff AS
   SELECT r.run_id, r.recipe, v.model, v.setting, t.variant, t.rule, t.scope, t.corpus, t.threshold, t.sparsity,
          t.perplexity, 100 * (t.perplexity / first_value(t.perplexity) OVER w - 1) AS perplexity_increase_pct,
-         t.sparsity - first_value(t.sparsity) OVER w AS sparsity_gain, t.chosen, t.num_tokens, t.artifact
+         t.sparsity - first_value(t.sparsity) OVER w AS sparsity_gain, t.chosen, t.cett, t.num_tokens, t.artifact
   FROM thresholds t JOIN run_artifacts r USING (artifact)
   JOIN variant_facts v ON (v.artifact, v.variant) = (t.artifact, t.variant)
   WINDOW w AS (PARTITION BY r.run_id, t.artifact, t.variant, t.rule, t.scope, t.corpus ORDER BY t.threshold);
 COMMENT ON VIEW threshold_tradeoff IS
-  'What each FATReLU threshold costs and brings, against the lowest one tried on the same corpus (0).';
+  'What each FATReLU threshold costs and brings, against the lowest one tried by the same rule on the same corpus (0).';
 
 CREATE VIEW loss_curve AS
   SELECT r.run_id, r.recipe, r.model, t.stage, t.step, t.tokens, t.l1_lambda, t.lr, t.lm_loss, t.l1, t.l1_term,
