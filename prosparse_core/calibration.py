@@ -1,21 +1,33 @@
-"""Threshold shifting (paper, section 3.3): the FATReLU curve, and the largest threshold within a perplexity budget."""
+"""Threshold shifting (paper, section 3.3): the FATReLU curve, and the largest thresholds within a perplexity budget.
+
+The budget is a rise over the perplexity at threshold 0, so it can never be exceeded there: threshold 0 always fits.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from prosparse_core.errors import BadInput
 from prosparse_core.perplexity import Measured
 
 MIXED = "mixed"
+CETTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of output norm that are tried; the walk ends long before the last unless the budget is a large one."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One threshold, measured on every corpus."""
+    """One threshold for all layers, or one for each, measured on every corpus."""
 
     threshold: float
+    """The mean over layers."""
     per_corpus: Mapping[str, Measured]
+    per_layer: tuple[float, ...] | None = None
+    """None: the same for all layers."""
+    cett: float | None = None
+    """What each layer may lose of its output norm; None for the same threshold in all layers."""
 
     @property
     def mixed(self) -> Measured:
@@ -33,8 +45,18 @@ class Curve:
     """Every trial by rising threshold, and the chosen one."""
 
     trials: tuple[Trial, ...]
-    chosen: float
+    best: Trial
     max_ppl_increase_pct: float
+
+    @property
+    def chosen(self) -> float:
+        """The threshold of the chosen trial: the mean over layers."""
+        return self.best.threshold
+
+    @property
+    def sparsity_gain(self) -> float:
+        """What the chosen trial adds to the sparsity at threshold 0."""
+        return self.best.mixed.sparsity - self.trials[0].mixed.sparsity
 
     def increase_pct(self, trial: Trial) -> float:
         """The rise of the mixture's perplexity over threshold 0, in per cent."""
@@ -62,26 +84,74 @@ def calibrate(
         thresholds: rising, starting with 0.
         max_ppl_increase_pct: the budget, in per cent of the mixture's perplexity over threshold 0.
         refine: bisection steps.
+
+    Raises:
+        BadInput: the perplexity at threshold 0 is not a finite number.
     """
-    trials: list[Trial] = []
-    for threshold in thresholds:
-        trials.append(Trial(threshold, measure(threshold)))
-        if increase_pct(trials[-1], trials[0]) > max(3 * max_ppl_increase_pct, 3.0):
+    return _search(lambda t: Trial(t, measure(t)), thresholds, max_ppl_increase_pct, refine)
+
+
+def calibrate_cett(
+    measure: Callable[[Sequence[float]], Mapping[str, Measured]],
+    thresholds_at: Callable[[float], Sequence[float]],
+    base: Trial,
+    max_ppl_increase_pct: float,
+    refine: int = 4,
+    cetts: Sequence[float] = CETTS,
+) -> Curve:
+    """CETT-PPL-p % (arXiv 2411.02335, Algorithm 1) for thresholds on the gate: the largest CETT within the budget.
+
+    The search is that of :func:`calibrate` over CETT, the share of output norm that every layer may lose.
+
+    Args:
+        measure: one threshold per layer -> one measurement per corpus, on calibration data.
+        thresholds_at: CETT -> one threshold per layer.
+        base: the trial at threshold 0, measured already.
+        cetts: rising, starting with 0.
+    """
+    num_layers = len(thresholds_at(0.0))
+    zero = (0.0,) * num_layers
+    tried = {zero: Trial(0.0, base.per_corpus, zero, 0.0)}
+
+    def trial(cett: float) -> Trial:
+        """Two CETTs may lead to the same thresholds: these are measured once and keep the first one's name."""
+        per_layer = zero if cett == 0 else tuple(thresholds_at(cett))
+        if per_layer not in tried:
+            tried[per_layer] = Trial(sum(per_layer) / num_layers, measure(per_layer), per_layer, cett)
+        return tried[per_layer]
+
+    return _search(trial, cetts, max_ppl_increase_pct, refine)
+
+
+def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increase_pct: float, refine: int) -> Curve:
+    """Walk ``values`` (rising, the first is the base) up, then halve the interval in which the budget ends."""
+    tried: list[tuple[float, Trial]] = []
+    for value in values:
+        tried.append((value, try_(value)))
+        if increase_pct(tried[-1][1], tried[0][1]) > max(3 * max_increase_pct, 3.0):
             break
+    base = tried[0][1]
+    if not math.isfinite(base.mixed.perplexity):
+        raise BadInput(
+            f"the perplexity at threshold 0 is {base.mixed.perplexity}: there is nothing to calibrate against",
+            hint="the training diverged or the checkpoint is damaged: look at its loss",
+        )
 
     def within(trial: Trial) -> bool:
-        return increase_pct(trial, trials[0]) <= max_ppl_increase_pct
+        return increase_pct(trial, base) <= max_increase_pct
 
-    # Perplexity may dip and rise; "largest" means before the first threshold that breaks the budget.
-    beyond = next((i for i, t in enumerate(trials) if not within(t)), None)
-    if beyond is not None and beyond > 0:
-        low, high = trials[beyond - 1].threshold, trials[beyond].threshold
+    # Perplexity may dip and rise; "largest" means before the first value that breaks the budget.
+    beyond = next((i for i, (_, trial) in enumerate(tried) if not within(trial)), len(tried))
+    low, best = tried[beyond - 1]
+    if beyond < len(tried):
+        high = tried[beyond][0]
         for _ in range(refine):
             middle = (low + high) / 2
-            trial = Trial(middle, measure(middle))
-            trials.append(trial)
-            low, high = (middle, high) if within(trial) else (low, middle)
-        chosen = low
-    else:
-        chosen = trials[-1].threshold if beyond is None else 0.0
-    return Curve(tuple(sorted(trials, key=lambda t: t.threshold)), chosen, max_ppl_increase_pct)
+            trial = try_(middle)
+            tried.append((middle, trial))
+            if within(trial):
+                low, best = middle, trial
+            else:
+                high = middle
+    trials = {id(trial): trial for _, trial in tried}.values()
+    return Curve(tuple(sorted(trials, key=lambda t: t.threshold)), best, max_increase_pct)

@@ -71,10 +71,16 @@ def use_thresholds(model: nn.Module, thresholds: Sequence[float]) -> int:
     """FATReLU with one threshold per layer; a single value serves all layers.
 
     Raises:
-        BadInput: the number of thresholds is neither 1 nor the number of layers.
+        BadInput: the number of thresholds is neither 1 nor the number of layers, or one is not a finite number >= 0.
     """
     num_layers = len(find_ffns(model))
     if len(thresholds) not in (1, num_layers):
-        raise BadInput(f"{len(thresholds)} thresholds for a model of {num_layers} layers")
+        raise BadInput(
+            f"{len(thresholds)} thresholds for a model of {num_layers} layers",
+            hint="give 1, or one per layer: thresholds of another model do not fit",
+        )
+    wrong = [t for t in thresholds if not 0 <= t < float("inf")]
+    if wrong:
+        raise BadInput(f"thresholds {wrong}: FATReLU needs finite thresholds of at least 0")
     per_layer = list(thresholds) * (num_layers if len(thresholds) == 1 else 1)
     return substitute(model, lambda layer: FATReLU(per_layer[layer]))

@@ -10,11 +10,11 @@ from typing import Any
 from prosparse_core.errors import BadInput
 from prosparse_core.families import require_family
 from prosparse_core.store import Artifact, read_record
+from prosparse_core.thresholds import THRESHOLDS as THRESHOLDS
+from prosparse_core.thresholds import Thresholds, read_thresholds
 
 MODEL = "model"
 """Folder of an artifact that holds weights, config and tokenizer, as Hugging Face writes them."""
-THRESHOLDS = "thresholds.json"
-"""File of a calibration artifact: {"per_layer": [...], "rule": ..., ...}."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +71,51 @@ class Variant:
         return {"tokens_seen": meta["tokens"], "seed": record["payload"]["seed"], "l1": meta["l1"]}
 
     def layer_thresholds(self) -> list[float] | None:
-        """FATReLU's threshold per layer; None without thresholds."""
-        return None if self.thresholds is None else read_thresholds(self.thresholds.path)
+        """FATReLU's threshold per layer; None without thresholds.
 
+        Raises:
+            BadInput: they are not readable, or belong to another checkpoint or number of layers.
+        """
+        found = self._thresholds()
+        return None if found is None else list(found.per_layer)
 
-def read_thresholds(folder: Path) -> list[float]:
-    """The per-layer thresholds of a calibration artifact."""
-    return [float(t) for t in json.loads((folder / THRESHOLDS).read_text(encoding="utf-8"))["per_layer"]]
+    def best_global_threshold(self) -> float | None:
+        """The best threshold for all layers together, for formats that carry only one; None without thresholds.
+
+        Raises:
+            BadInput: as :meth:`layer_thresholds`, or they differ between layers and no global one was calibrated.
+        """
+        found = self._thresholds()
+        if found is None or found.is_global:
+            return None if found is None else found.per_layer[0]
+        if found.best_global is None:
+            raise BadInput(
+                f"{found.path} has one threshold per layer and no global one",
+                hint="calibrate again: rule cett measures the grid of global thresholds as well",
+            )
+        return found.best_global
+
+    def _thresholds(self) -> Thresholds | None:
+        if self.thresholds is None:
+            return None
+        found = read_thresholds(self.thresholds.path)
+        num_layers = int(check_folder(self.checkpoint.path / MODEL)["num_hidden_layers"])
+        found.require(num_layers=num_layers, checkpoint=self.checkpoint.digest)
+        return found
 
 
 def load_variant(variant: Variant, device: str = "cpu") -> tuple[Any, Any]:
-    """(model in fp32, eval mode, with the variant's activation; tokenizer)."""
+    """(model in fp32, eval mode, with the variant's activation; tokenizer).
+
+    Raises:
+        BadInput: see :func:`load_model` and :meth:`Variant.layer_thresholds`; said before any weight is read.
+    """
     from prosparse_core.substitute import use_activation, use_thresholds
 
+    thresholds = variant.layer_thresholds()
     model, tokenizer = load_model(variant.checkpoint.path / MODEL, device)
     use_activation(model, "relu" if variant.activation == "fatrelu" else variant.activation, variant.shift)
     if variant.activation == "fatrelu":
-        thresholds = variant.layer_thresholds()
         assert thresholds is not None, "a fatrelu variant has thresholds"
         use_thresholds(model, thresholds)
     return model, tokenizer

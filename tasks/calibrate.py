@@ -1,23 +1,51 @@
-"""calibrate: the FATReLU curve and the largest threshold within the perplexity budget (paper, section 3.3)."""
+"""calibrate: the FATReLU curve and the largest thresholds within the perplexity budget (paper, section 3.3)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prosparse_core.errors import BadInput
 from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.store import Artifact, write_json
-from prosparse_core.variants import THRESHOLDS, Variant
+from prosparse_core.thresholds import THRESHOLDS
+from prosparse_core.variants import Variant
 from tasks.step import Run, Work
 
-VERSION = 2
+if TYPE_CHECKING:
+    from prosparse_core.calibration import Curve
+    from prosparse_core.perplexity import Measured
+
+    Measure = Callable[[Sequence[float]], dict[str, Measured]]
+
+VERSION = 3
+CETT_TOKENS = 512
+"""Calibration tokens on which each layer's CETT is measured."""
+SCOPES = {"grid": "global", "cett": "per_layer"}
 
 
 def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
-    """The artifact with ``thresholds.json`` (per layer) and the whole curve, measured on calibration files only."""
+    """The artifact with ``thresholds.json`` and the whole curve, measured on calibration files only.
+
+    thresholds.json: ``per_layer`` is what the variant runs with, ``threshold`` the best one for all layers together
+    (the same, unless the rule is cett), ``checkpoint`` the digest of the model they belong to. The budget is relative
+    to the perplexity at threshold 0, so that it cannot be exceeded there already.
+
+    Raises:
+        BadInput: the variant does not run ReLU: FATReLU would silently replace another activation.
+    """
+    if variant.activation != "relu":
+        raise BadInput(
+            f"{variant.setting} runs {variant.activation}: FATReLU thresholds are for a model that runs ReLU",
+            hint="calibrate a variant that was trained with activation: relu",
+        )
     device = resolve_device(run.recipe.runtime.device)
     precision = resolve(run.recipe.model.precision, device)
     section = run.recipe.calibrate
+    what = "thresholds" if section.rule == "cett" else "threshold"
     return run.step(
         "calibrate",
-        f"calibrate · threshold for at most +{section.max_ppl_increase_pct:g} % perplexity",
+        f"calibrate · {what} for at most +{section.max_ppl_increase_pct:g} % perplexity",
         lambda work: _build(work, run, variant, corpora, precision, device),
         version=VERSION,
         config={
@@ -31,59 +59,109 @@ def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
 
 
 def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
-    from prosparse_core.calibration import MIXED, calibrate, increase_pct
+    from prosparse_core.calibration import CETTS, calibrate, calibrate_cett
+    from prosparse_core.cett import measure_cett, thresholds_at
     from prosparse_core.mixing import Mixture
-    from prosparse_core.perplexity import Measured, measure
+    from prosparse_core.perplexity import measure
     from prosparse_core.substitute import use_thresholds
     from prosparse_core.variants import load_variant
 
     section, recipe = run.recipe.calibrate, run.recipe
-    model, _ = load_variant(variant, device)
     mixture = Mixture(corpora.path, recipe.seed)
     windows = {corpus: mixture.calibration(corpus) for corpus in mixture.corpora}
-    total = len(section.thresholds) + section.refine
+    _require_windows(windows, corpora)
+    model, _ = load_variant(variant, device)
+    settings: dict[str, Any] = {"precision": precision, "batch_size": recipe.evaluate.batch_size}
+    total = len(section.thresholds) + section.refine + (len(CETTS) + section.refine if section.rule == "cett" else 0)
     tried = 0
 
-    def at(threshold: float) -> dict[str, Measured]:
+    def at(thresholds: Sequence[float]) -> dict[str, Measured]:
         nonlocal tried
-        use_thresholds(model, [threshold])
-        found = {
-            corpus: measure(model, tokens, labels, precision=precision, batch_size=recipe.evaluate.batch_size)
-            for corpus, (tokens, labels) in windows.items()
-        }
+        use_thresholds(model, thresholds)
+        found = {corpus: measure(model, *pair, **settings) for corpus, pair in windows.items()}
         tried += 1
-        first = next(iter(found.values()))
+        first, mean = next(iter(found.values())), sum(thresholds) / len(thresholds)
         work.progress.update(
-            min(tried, total), total, threshold=threshold, perplexity=first.perplexity, sparsity=first.sparsity
+            min(tried, total), total, threshold=mean, perplexity=first.perplexity, sparsity=first.sparsity
         )
         return found
 
-    curve = calibrate(at, section.thresholds, section.max_ppl_increase_pct, section.refine)
-    work.progress.update(total, total, threshold=curve.chosen)
-    work.fact("variants", **variant.fact(recipe.model.id))
-    for trial in curve.trials:
-        for corpus, found in {**trial.per_corpus, MIXED: trial.mixed}.items():
-            work.fact(
-                "thresholds",
-                variant=variant.id,
-                rule="grid",
-                scope="global",
-                threshold=trial.threshold,
-                corpus=corpus,
-                num_tokens=found.num_tokens,
-                perplexity=found.perplexity,
-                sparsity=found.sparsity,
-                chosen=trial.threshold == curve.chosen,
-            )
-    chosen = next(t for t in curve.trials if t.threshold == curve.chosen)
-    result = {
-        "rule": "grid",
-        "scope": "global",
-        "threshold": curve.chosen,
-        "per_layer": [curve.chosen] * model.config.num_hidden_layers,
+    budget = section.max_ppl_increase_pct
+    grid = calibrate(lambda t: at([t]), section.thresholds, budget, section.refine)
+    curves = {"grid": grid}
+    if section.rule == "cett":
+        tried = len(section.thresholds) + section.refine
+        use_thresholds(model, [0.0])
+        layers = measure_cett(model, list(windows.values()), num_tokens=CETT_TOKENS, **settings)
+        curves["cett"] = calibrate_cett(
+            at, lambda cett: thresholds_at(layers, cett), grid.trials[0], budget, section.refine
+        )
+    work.progress.update(total, total, threshold=curves[section.rule].chosen)
+    _record(work, run, variant, curves, model.config.num_hidden_layers)
+
+
+def _require_windows(windows: dict[str, Any], corpora: Artifact) -> None:
+    empty = [corpus for corpus, (tokens, _) in windows.items() if not len(tokens)]
+    if empty or not windows:
+        of = f"of {', '.join(empty)}" if empty else "without a corpus"
+        raise BadInput(
+            f"the calibration split {of} in {corpora.path} is smaller than one window",
+            hint="raise data.calibration_tokens to at least data.seq_len",
+        )
+
+
+def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], num_layers: int) -> None:
+    """Write every trial of every rule as facts, the chosen thresholds as thresholds.json and, but for them, as meta."""
+    from prosparse_core.calibration import MIXED
+
+    rule = run.recipe.calibrate.rule
+    work.fact("variants", **variant.fact(run.recipe.model.id))
+    for name, curve in curves.items():
+        for trial in curve.trials:
+            for corpus, found in {**trial.per_corpus, MIXED: trial.mixed}.items():
+                work.fact(
+                    "thresholds",
+                    variant=variant.id,
+                    rule=name,
+                    scope=SCOPES[name],
+                    threshold=trial.threshold,
+                    corpus=corpus,
+                    num_tokens=found.num_tokens,
+                    perplexity=found.perplexity,
+                    sparsity=found.sparsity,
+                    chosen=name == rule and trial is curve.best,
+                    cett=trial.cett,
+                )
+    grid, curve = curves["grid"], curves[rule]
+    result: dict[str, Any] = {
+        "rule": rule,
+        "scope": SCOPES[rule],
+        "threshold": grid.chosen,
+        "mean_threshold": curve.chosen,
+        "per_layer": list(curve.best.per_layer or [curve.chosen] * num_layers),
+        "cett": curve.best.cett,
+        "checkpoint": variant.checkpoint.digest,
         "max_ppl_increase_pct": curve.max_ppl_increase_pct,
-        "ppl_increase_pct": increase_pct(chosen, curve.trials[0]),
-        "sparsity_gain": chosen.mixed.sparsity - curve.trials[0].mixed.sparsity,
+        **_outcome(curve),
+        "global": {"threshold": grid.chosen, **_outcome(grid)},
     }
     write_json(work.folder / THRESHOLDS, result)
     work.meta.update({k: v for k, v in result.items() if k != "per_layer"})
+    if rule == "cett" and curve.best.mixed.sparsity < grid.best.mixed.sparsity:
+        remark = (
+            f"one threshold per layer reaches {100 * curve.best.mixed.sparsity:.2f} % sparsity within the budget of "
+            f"+{curve.max_ppl_increase_pct:g} %, one for all layers ({grid.chosen:g}) "
+            f"{100 * grid.best.mixed.sparsity:.2f} %: for this model an equal loss in every layer is not the cheapest; "
+            "calibrate.rule=grid would take the latter"
+        )
+        work.progress.note(remark)
+        work.meta["remark"] = remark
+
+
+def _outcome(curve: Curve) -> dict[str, float]:
+    """What the chosen trial of a curve costs and brings, on all corpora together."""
+    return {
+        "ppl_increase_pct": curve.increase_pct(curve.best),
+        "sparsity": curve.best.mixed.sparsity,
+        "sparsity_gain": curve.sparsity_gain,
+    }

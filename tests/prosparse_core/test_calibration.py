@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from prosparse_core.calibration import calibrate, increase_pct
+from prosparse_core.calibration import CETTS, Trial, calibrate, calibrate_cett, increase_pct
+from prosparse_core.errors import BadInput
 from prosparse_core.perplexity import Measured
 
 GRID = [0.0, 0.05, 0.1, 0.2, 0.4]
@@ -63,3 +64,61 @@ def test_trials_are_sorted_and_mixed_counts_every_token_once() -> None:
     assert [t.threshold for t in curve.trials] == sorted(t.threshold for t in curve.trials)
     assert curve.trials[0].mixed.num_tokens == 2000
     assert curve.trials[0].mixed.perplexity == pytest.approx(10.0)
+
+
+def test_a_perplexity_that_is_no_number_cannot_be_calibrated_against() -> None:
+    with pytest.raises(BadInput, match="threshold 0 is nan"):
+        calibrate(lambda t: {"a": Measured(math.nan, 10, 0.5)}, GRID, 1.0)
+
+
+def test_a_budget_of_zero_keeps_threshold_zero_at_least() -> None:
+    curve = calibrate(curve_of(a=lambda t: t), GRID, 0.0, refine=2)
+    assert (curve.chosen, curve.sparsity_gain) == (0.0, 0.0)
+
+
+class Layers:
+    """Two layers, the second twice as tolerant; perplexity rises with the square of the mean threshold."""
+
+    def __init__(self, step: float = 0.0) -> None:
+        self.asked: list[tuple[float, ...]] = []
+        self.step = step
+
+    def thresholds_at(self, cett: float) -> list[float]:
+        cett = math.floor(cett / self.step) * self.step if self.step else cett
+        return [cett, 2 * cett]
+
+    def measure(self, per_layer: Sequence[float]) -> dict[str, Measured]:
+        self.asked.append(tuple(per_layer))
+        return curve_of(a=lambda t: t * t)(sum(per_layer) / 2)
+
+
+def test_the_largest_cett_within_the_budget() -> None:
+    layers = Layers()
+    base = Trial(0.0, curve_of(a=lambda t: 0.0)(0.0))
+    curve = calibrate_cett(layers.measure, layers.thresholds_at, base, 1.0, refine=7)
+    best = curve.best
+    assert best.cett == pytest.approx(0.1 / 1.5, abs=0.05 / 2**7)  # (1.5 c) ** 2 is 1 % at c = 0.0667
+    assert curve.increase_pct(best) <= 1.0
+    assert best.per_layer == (best.cett, 2 * best.cett)
+    assert curve.chosen == best.threshold == pytest.approx(1.5 * best.cett)
+    assert curve.sparsity_gain == pytest.approx(curve.chosen)
+    first = curve.trials[0]
+    assert (first.threshold, first.cett, first.per_layer) == (0.0, 0.0, (0.0, 0.0))
+    assert first.per_corpus is base.per_corpus
+    assert (0.0, 0.0) not in layers.asked, "threshold 0 was measured already"
+    assert [t.threshold for t in curve.trials] == sorted(t.threshold for t in curve.trials)
+
+
+def test_equal_thresholds_are_measured_once() -> None:
+    layers = Layers(step=0.04)
+    curve = calibrate_cett(layers.measure, layers.thresholds_at, Trial(0.0, layers.measure((0.0, 0.0))), 1.0, refine=6)
+    assert len(layers.asked) == len(set(layers.asked))
+    assert len({t.threshold for t in curve.trials}) == len(curve.trials)
+    assert curve.best.per_layer == pytest.approx((0.04, 0.08))
+
+
+def test_a_budget_that_is_never_reached_takes_the_last_cett() -> None:
+    layers = Layers()
+    flat = Trial(0.0, curve_of(a=lambda t: 0.0)(0.0))
+    curve = calibrate_cett(lambda per_layer: flat.per_corpus, layers.thresholds_at, flat, 1.0)
+    assert curve.best.cett == CETTS[-1]
