@@ -1,12 +1,13 @@
 """L1 on x1 = act(gate(x)) * up(x), the input of down (paper, eq. 2), with explicit reductions.
 
-The penalty never enters the loss graph: an autograd function passes x1 through, accumulates |x1| and adds the
-penalty's own gradient, coefficient * sign(x1), in backward. No second copy of an activation is kept.
+The penalty never enters the loss graph: an autograd function passes x1 through, and in backward it adds the penalty's
+own gradient, coefficient * sign(x1). It saves the very x1 that down saves for its weights, so that no second copy of
+an activation is kept.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from prosparse_core.families import find_ffns
 from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.sparsity import l1_and_live
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _AddL1Gradient(torch.autograd.Function):
@@ -30,68 +34,101 @@ class _AddL1Gradient(torch.autograd.Function):
         x1, mask = ctx.saved_tensors
         sign = torch.sign(x1)
         if mask is not None:
-            sign = sign * mask.unsqueeze(-1)
-        return torch.add(grads[0], sign, alpha=ctx.coefficient), None, None
+            sign.mul_(mask.unsqueeze(-1))
+        return torch.add(grads[0], sign, alpha=ctx.coefficient, out=sign), None, None
 
 
 class L1Regularizer:
     """Hooks the input of every down projection of ``model``; ``close()`` removes the hooks.
 
-    After a forward pass ``l1`` is the reduced |x1| (without lambda), ``mean_abs_x1`` the plain mean over tokens, d_ff
-    and layers, and ``sparsity`` the share of exact zeros, all over the tokens that ``mask`` keeps.
+    A training step is any number of forward and backward passes, followed by one :meth:`collect`. Passes may hold
+    different numbers of tokens (``scale``), padding (``mask``), and run in several processes (``num_processes``). Under
+    gradient checkpointing the second forward pass of a layer adds the gradient but is not counted again.
 
     Args:
-        model: any model of a known family.
-        reduction: how |x1| becomes one number; see :class:`prosparse_core.recipe.L1Reduction`.
+        model: any model of a known family; hook it before it is wrapped for data parallelism, or hand in what the
+            wrapper wraps.
+        reduction: how |x1| becomes one number; see :class:`prosparse_core.recipe_train.L1Reduction`.
     """
 
     def __init__(self, model: nn.Module, reduction: L1Reduction) -> None:
         ffns = find_ffns(model)
         self.num_layers = len(ffns)
-        self.d_ff = ffns[0].down.in_features
+        self._down = ffns[0].down
+        self.d_ff = self._down.in_features
         self.reduction = reduction
         self.l1_lambda = 0.0
         self.scale = 1.0
-        """Share of the step's tokens in this forward pass (gradient accumulation)."""
-        self.mask: Tensor | None = None
-        """[batch, seq] bool, True for real tokens; None: all are."""
+        """Share of the step's tokens that this forward pass holds, over all its micro-batches and all processes."""
+        self.num_processes = 1
+        """Processes whose gradients are averaged (DDP, FSDP): each then adds this many times its own share."""
+        self.mask = None
         self._abs: list[Tensor] = []
         self._zeros: list[Tensor] = []
         self._count = 0
         self._handles = [f.down.register_forward_pre_hook(self._on_down) for f in ffns]
 
-    def element_coefficient(self, num_tokens: int) -> float:
-        """lambda's weight on one |x1| element of one layer, for ``num_tokens`` tokens in the forward pass."""
-        per_token = 1.0 / num_tokens
+    @property
+    def mask(self) -> Tensor | None:
+        """[batch, seq], non-zero for real tokens; None: all are. Keep it until the pass's backward is over."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._mask = None if mask is None else mask.bool()
+        self._num_real = 0 if self._mask is None else int(self._mask.sum())
+
+    def element_coefficient(self, step_tokens: float) -> float:
+        """lambda's weight on one |x1| element of one layer in a step of ``step_tokens`` tokens, in all processes."""
+        per_token = 1.0 / step_tokens if self.reduction.tokens == "mean" else 1.0
         per_neuron = 1.0 / self.d_ff if self.reduction.d_ff == "mean" else 1.0
         per_layer = 1.0 / self.num_layers if self.reduction.layers == "mean" else 1.0
-        return self.l1_lambda * self.scale * per_token * per_neuron * per_layer
+        return self.l1_lambda * per_token * per_neuron * per_layer
 
     def _on_down(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        x1 = args[0]
-        mask = self.mask
-        with torch.no_grad():
-            kept = x1.detach() if mask is None else x1.detach()[mask]
-            num_tokens = kept.numel() // kept.shape[-1]
-            absolute, live = l1_and_live(kept)
+        x1, mask = args[0], self._mask
+        num_tokens = x1.numel() // x1.shape[-1]
+        if mask is not None:
+            assert mask.numel() == num_tokens, f"mask {list(mask.shape)} does not fit x1 {list(x1.shape)}"
+            mask, num_tokens = mask.reshape(x1.shape[:-1]), self._num_real
+        if not num_tokens:
+            return None
+        # Inside a backward pass this is gradient checkpointing's second look at an x1 that was counted before.
+        if torch._C._current_graph_task_id() == -1:
+            with torch.no_grad():
+                absolute, live = l1_and_live(x1, mask)
             self._abs.append(absolute)
-            self._zeros.append(kept.numel() - live)
-        self._count += num_tokens
+            self._zeros.append(num_tokens * self.d_ff - live)
+            self._count += num_tokens
         if self.l1_lambda == 0 or not torch.is_grad_enabled() or not x1.requires_grad:
             return None
-        return (_AddL1Gradient.apply(x1, self.element_coefficient(num_tokens), mask), *args[1:])
+        coefficient = self.num_processes * self.element_coefficient(num_tokens / self.scale)
+        return (_AddL1Gradient.apply(x1, coefficient, mask), *args[1:])
 
-    def collect(self) -> tuple[float, float, float]:
-        """(l1, mean_abs_x1, sparsity) over everything seen since the last call; forgets it."""
-        assert self._count, "no forward pass since the last collect()"
-        elements = self._count * self.d_ff
-        total = float(torch.stack(self._abs).double().sum())
-        sparsity = float(torch.stack(self._zeros).sum()) / elements
-        mean_abs = total / elements
-        l1 = mean_abs * (self.d_ff if self.reduction.d_ff == "sum" else 1)
-        l1 *= self.num_layers if self.reduction.layers == "sum" else 1
+    def collect(self, group: ProcessGroup | None = None) -> tuple[float, float, float]:
+        """(l1, mean_abs_x1, sparsity) over every real token seen since the last call; forgets them.
+
+        ``l1`` is the reduced |x1| without lambda, ``mean_abs_x1`` the plain mean over tokens, d_ff and layers,
+        ``sparsity`` the share of exact zeros.
+
+        Args:
+            group: sum over the processes of this group, all of which must call; every one gets the same numbers.
+        """
+        zero = torch.zeros((), device=self._down.weight.device)
+        sums = torch.stack([torch.stack(part or [zero]).double().sum() for part in (self._abs, self._zeros)])
+        sums = torch.cat([sums, sums.new_tensor([self._count])])
         self._abs, self._zeros, self._count = [], [], 0
-        return l1, mean_abs, sparsity
+        if group is not None:
+            from torch import distributed
+
+            distributed.all_reduce(sums, group=group)
+        total, zeros, count = sums.tolist()
+        assert count, "no forward pass since the last collect()"
+        mean_abs = total / (count * self.d_ff)
+        l1 = mean_abs * (count / self.num_layers if self.reduction.tokens == "sum" else 1)
+        l1 *= self.d_ff if self.reduction.d_ff == "sum" else 1
+        l1 *= self.num_layers if self.reduction.layers == "sum" else 1
+        return l1, mean_abs, zeros / (count * self.d_ff)
 
     def close(self) -> None:
         for handle in self._handles:
