@@ -145,7 +145,7 @@ def _schema(path: Path, size: int, changed_ns: int) -> tuple[tuple[str, ...], in
     """(columns, number of rows) of a file; the size and time of change are there for the cache only."""
     try:
         if path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
+            import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
             with parquet.ParquetFile(path) as file:
                 return tuple(file.schema_arrow.names), int(file.metadata.num_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -233,3 +233,32 @@ def splits_of(benchmark: Benchmark, leaf: Leaf) -> tuple[str, ...]:
     if benchmark.further_splits:
         return (*leaf.splits(0), *benchmark.further_splits)
     return leaf.splits(leaf.num_fewshot if benchmark.num_fewshot is None else benchmark.num_fewshot)
+
+
+@dataclass(frozen=True)
+class Average:
+    """One column of the paper's Table 1, or its last one."""
+
+    name: str
+    value: float | None
+    """None where nothing of it was measured; of the last column, where one of the seven is missing."""
+    num_measured: int
+    num_benchmarks: int
+
+
+def averages(scores: Iterable[Mapping[str, Any]]) -> list[Average]:
+    """The suites, each the unweighted mean of its benchmarks' headline scores, and the mean of the seven suites.
+
+    Args:
+        scores: rows of one model with task, value and headline; those of a group's single tasks do not count.
+    """
+    by_task = {s["task"]: s["value"] for s in scores if s["headline"] and s["value"] is not None}
+    found = []
+    for suite in SUITES:
+        members = [b for b in BENCHMARKS if b.suite == suite]
+        values = [by_task[b.harness] for b in members if b.harness in by_task]
+        mean = sum(values) / len(values) if values else None
+        found.append(Average(suite, mean, len(values), len(members)))
+    columns = [a.value for a in found if a.value is not None]
+    whole = sum(columns) / len(columns) if len(columns) == len(SUITES) else None
+    return [*found, Average("average", whole, len(columns), len(SUITES))]

@@ -67,7 +67,7 @@ def measure_benchmarks(
                 done += 1
             scores += measured
             scores += [_not_measured(plan.benchmark, task, reason) for task, reason in absent.items()]
-            if len(plan.leaves) > 1:
+            if any(leaf.task != plan.benchmark.harness for leaf in plan.leaves):
                 scores += group_scores(plan.benchmark, measured, absent)
             seconds[plan.benchmark.name] = round(time.monotonic() - began, 1)
     conditions = {
@@ -146,6 +146,8 @@ def task_settings(benchmark: Benchmark, leaf: Leaf, datasets: Datasets, runs: Co
             "max_gen_toks": benchmark.max_new_tokens or given.get("max_gen_toks") or GENERATED_TOKENS,
         }
     splits = splits_of(benchmark, leaf)
+    if settings.get("test_split") and settings.get("validation_split") not in splits:
+        settings.pop("validation_split", None)  # not read: the harness would look there for examples, too
 
     def load(**_: Any) -> dict[str, Any]:
         return datasets.load(leaf.dataset, leaf.config, splits)

@@ -196,7 +196,7 @@ def _of_ledger(name: str, home: Path) -> Target:
             f"{name!r} was measured as {len(rows)} variants", hint="name one: " + ", ".join(r["variant"] for r in rows)
         )
     if rows:
-        (row,) = rows
+        row: dict[str, Any] = rows[0]
         thresholds = row["thresholds"] and _artifact(ledger, home, row["thresholds"])
         variant = Variant(
             row["setting"],

@@ -24,7 +24,7 @@ class Prefix:
     cache: Any
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> list[int]:
     """The tokens all prompts begin with, short of the last one of each; empty when they are too few to matter."""
     if len(prompts) < 2:
         return []

@@ -217,7 +217,7 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
                 text = self.tokenizer.decode(ids[-tail:]) if stops else ""
                 return ids[-1] in ends or any(stop in text for stop in stops)
 
-            prefix = read_prefix(model, common_prefix(prompts), precision)
+            prefix = read_prefix(model, common_prefix([tuple(p) for p in prompts]), precision)
             order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
             texts = [""] * len(prompts)
             for at in range(0, len(order), batch_size):
@@ -253,9 +253,12 @@ def evaluating(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the harness's own progress bars and remarks: progress is reported by us, errors are raised."""
+    import datasets.utils
     import lm_eval.api.model
     import lm_eval.api.task
 
+    shows_bars = not datasets.utils.are_progress_bars_disabled()
+    datasets.utils.disable_progress_bars()
     logger = logging.getLogger("lm_eval")
     level, modules = logger.level, (lm_eval.api.model, lm_eval.api.task)
     bars = [module.tqdm for module in modules]
@@ -265,6 +268,8 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        if shows_bars:
+            datasets.utils.enable_progress_bars()
         logger.setLevel(level)
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
