@@ -38,6 +38,12 @@ EXAMPLES: list[tuple[str, str]] = [
         "JOIN variants v USING (variant) ORDER BY s.sparsity LIMIT 10",
     ),
     (
+        "How much did L1 shrink the survivors, and which zeros remain when 8 tokens are computed at once?",
+        "SELECT setting, corpus, avg(sparsity) AS sparsity, avg(chunk_sparsity) AS chunk_sparsity, "
+        "avg(dead_frac) AS dead_frac, avg(survivor_ratio) AS survivor_ratio FROM shrinkage "
+        "GROUP BY ALL ORDER BY corpus, sparsity",
+    ),
+    (
         "How much faster are the kernels, and under which conditions?",
         "SELECT kernel, provider, baseline, sparsity, round(speedup, 2) AS speedup, round(speedup_low, 2) AS at_least, "
         "limit_speedup, d_model, d_ff, dtype, threads, timer, cpu FROM speedup ORDER BY kernel, sparsity",

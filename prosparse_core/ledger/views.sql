@@ -61,11 +61,14 @@ CREATE VIEW facts AS
     json_object('layers', num_layers, 'threshold', threshold) AS conditions
   FROM (SELECT artifact, variant, corpus, avg(sparsity ORDER BY layer) AS sparsity,
           avg(dead_frac ORDER BY layer) AS dead_frac, avg(mean_abs_x1 ORDER BY layer) AS mean_abs_x1,
+          avg(mean_abs_live ORDER BY layer) AS mean_abs_live, avg(chunk_sparsity ORDER BY layer) AS chunk_sparsity,
           avg(threshold ORDER BY layer) AS threshold, count(*) AS num_layers, max(num_tokens) AS num_tokens
         FROM sparsity GROUP BY ALL),
     unnest([{name: 'sparsity', value: sparsity, unit: 'fraction'},
             {name: 'dead_frac', value: dead_frac, unit: 'fraction'},
-            {name: 'mean_abs_x1', value: mean_abs_x1, unit: 'activation'}]) u(m)
+            {name: 'chunk_sparsity', value: chunk_sparsity, unit: 'fraction'},
+            {name: 'mean_abs_x1', value: mean_abs_x1, unit: 'activation'},
+            {name: 'mean_abs_live', value: mean_abs_live, unit: 'activation'}]) u(m)
   WHERE m.value IS NOT NULL
   UNION ALL BY NAME
   SELECT artifact, variant, 'layer_sparsity' AS kind, 'layer_sparsity' AS name, corpus AS corpus_or_task,
@@ -130,6 +133,26 @@ CREATE VIEW threshold_tradeoff AS
   WINDOW w AS (PARTITION BY r.run_id, t.artifact, t.variant, t.rule, t.scope, t.corpus ORDER BY t.threshold);
 COMMENT ON VIEW threshold_tradeoff IS
   'What each FATReLU threshold costs and brings, against the lowest one tried by the same rule on the same corpus (0).';
+
+CREATE VIEW shrinkage AS
+  WITH measured AS (
+    SELECT r.run_id, r.recipe, v.model, v.setting, s.*, r.measured_at
+    FROM sparsity s JOIN run_artifacts r USING (artifact)
+    JOIN variant_facts v ON (v.artifact, v.variant) = (s.artifact, s.variant)
+    QUALIFY row_number() OVER (
+      PARTITION BY r.run_id, v.model, s.variant, s.corpus, s.layer ORDER BY r.measured_at DESC, s.artifact) = 1),
+  dense AS (
+    SELECT run_id, model, corpus, layer, arg_max(mean_abs_x1, measured_at) AS dense_mean_abs_x1
+    FROM measured WHERE setting = 'original' AND mean_abs_x1 > 0 GROUP BY ALL)
+  SELECT m.run_id, m.recipe, m.model, m.setting, m.variant, m.corpus, m.layer, m.sparsity, m.chunk_sparsity,
+         m.dead_frac, m.mean_abs_live, d.dense_mean_abs_x1, m.mean_abs_live / d.dense_mean_abs_x1 AS survivor_ratio,
+         m.num_tokens, m.artifact
+  FROM measured m
+  LEFT JOIN dense d ON (d.model, d.corpus, d.layer) = (m.model, m.corpus, m.layer)
+    AND d.run_id IS NOT DISTINCT FROM m.run_id;
+COMMENT ON VIEW shrinkage IS
+  'What is left of the activations, by variant, corpus and layer: how large the survivors are beside the dense '
+  'activations of the same run, how many neurons died, how many zeros survive in chunks of tokens.';
 
 CREATE VIEW loss_curve AS
   SELECT r.run_id, r.recipe, r.model, t.stage, t.step, t.tokens, t.l1_lambda, t.lr, t.lm_loss, t.l1, t.l1_term,

@@ -62,8 +62,10 @@ QUALIFY row_number() OVER (PARTITION BY variant, e.task, e.corpus, e.metric
                            ORDER BY e."limit" IS NOT NULL, r.measured_at DESC, artifact) = 1
 ORDER BY v.setting, e.task, e.corpus, e.metric""",
     "layers": """
-SELECT v.setting, variant, s.corpus, s.layer, s.sparsity, s.dead_frac, s.num_tokens, s.threshold
+SELECT v.setting, variant, s.corpus, s.layer, s.sparsity, s.chunk_sparsity, s.dead_frac, s.mean_abs_live,
+       h.survivor_ratio, s.num_tokens, s.threshold
 FROM sparsity s JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
+LEFT JOIN shrinkage h ON (h.run_id, h.variant, h.corpus, h.layer) = (r.run_id, variant, s.corpus, s.layer)
 WHERE r.run_id = {run}
 QUALIFY row_number() OVER (PARTITION BY variant, s.corpus, s.layer ORDER BY r.measured_at DESC, artifact) = 1
 ORDER BY v.setting, s.corpus, s.layer""",

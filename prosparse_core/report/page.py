@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prosparse_core.report import tables, tables_run, tables_speed
+from prosparse_core.report import tables, tables_layers, tables_run, tables_speed
 from prosparse_core.report.data import SETTINGS, Record, ReportData
 from prosparse_core.report.format import duration, is_number, number, pct, ratio, short, when
 from prosparse_core.report.grid import Grid
@@ -13,11 +13,12 @@ from prosparse_core.report.plot import Plot
 from prosparse_core.report.plot_layers import layers
 from prosparse_core.report.plot_predictor import predictor
 from prosparse_core.report.plot_speed import speed
+from prosparse_core.report.plot_survivors import survivors
 from prosparse_core.report.plot_tradeoff import tradeoff
 from prosparse_core.report.plot_training import training
 from prosparse_core.report.speed_rows import OWN, baseline_name, provider_name, why_refused
 
-PLOTS = (training, tradeoff, layers, predictor, speed)
+PLOTS = (training, tradeoff, layers, survivors, predictor, speed)
 _HERE = Path(__file__).parent
 
 
@@ -55,6 +56,7 @@ def render(data: ReportData) -> str:
         cliff=tables.cliff(data),
         benchmarks=tables.benchmarks(data),
         exported=tables.exported(data),
+        activations=tables_layers.activations(data),
         predictors=tables_run.predictors(data),
         speedups=tables_speed.speedups(data),
         timings=tables_speed.timings(data),

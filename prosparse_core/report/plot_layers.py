@@ -21,9 +21,10 @@ ROW_PX = 30
 
 def layers(data: ReportData) -> Plot:
     """Sparsity by layer and corpus, before and after threshold shifting, on one colour scale."""
-    rows = [{k: v for k, v in r.items() if k != "variant"} for r in data["layers"] if r["setting"] in SHOWN]
-    if not rows:
-        rows = [{k: v for k, v in r.items() if k != "variant"} for r in data["layers"] if (r["sparsity"] or 0) > 0]
+    chosen = set(one_each(data).values())
+    measured = [r for r in data["layers"] if r["variant"] in chosen]
+    rows = [r for r in measured if r["setting"] in SHOWN] or [r for r in measured if (r["sparsity"] or 0) > 0]
+    rows = [{k: v for k, v in r.items() if k != "variant"} for r in rows]
     settings = [s for s in (*SHOWN, *sorted({r["setting"] for r in rows})) if any(r["setting"] == s for r in rows)]
     settings = list(dict.fromkeys(settings))[:3]
     corpora = [c for c in (*data.corpora, MIXED) if any(r["corpus"] == c for r in rows)]
@@ -80,6 +81,16 @@ def layers(data: ReportData) -> Plot:
         data.why_missing("evaluate", "prosparse"),
         _remarks(dead, is_any_dead, settings),
     )
+
+
+def one_each(data: ReportData) -> dict[str, str]:
+    """The first measured variant of every setting, in the order of the settings."""
+    measured = {r["variant"] for r in data["layers"]}
+    first: dict[str, str] = {}
+    for setting, variant in data.settings:
+        if variant in measured:
+            first.setdefault(setting, str(variant))
+    return first
 
 
 def _named(setting: str) -> str:

@@ -162,6 +162,8 @@ def evaluation_facts(
                     "sparsity": sparsity + 0.01 * i + 0.02 * (layer - 1.5),
                     "dead_frac": 0.01,
                     "mean_abs_x1": 0.05,
+                    "mean_abs_live": None if layer == 3 else 0.1 * (1 - sparsity) * (layer + 1),
+                    "chunk_sparsity": sparsity - 0.04,
                 }
             )
     scores = {**same, "variant": name, "table": "evaluations", "higher_is_better": True, "n": 60}

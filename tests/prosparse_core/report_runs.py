@@ -283,7 +283,9 @@ class Scribe:
                         "num_tokens": 8190,
                         "sparsity": min(1.0, share),
                         "dead_frac": 0.002 * layer / (layer + 3) if zeros > 0.8 else 0.0,
-                        "mean_abs_x1": 0.02,
+                        "mean_abs_x1": 0.02 * (1 - 0.9 * zeros),
+                        "mean_abs_live": 0.02 * (1 - 0.9 * zeros) / (1 - min(share, 0.99)),
+                        "chunk_sparsity": 0.7 * share,
                         "threshold": 0.05 if setting == "prosparse" else None,
                     }
                 )

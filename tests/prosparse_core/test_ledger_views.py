@@ -12,14 +12,17 @@ from ledger_fixture import (
     CHOSEN,
     CORPORA,
     MODEL,
+    NUM_LAYERS,
     THRESHOLDS,
     Home,
     ask,
+    evaluation_facts,
     make_artifact,
     record_step,
     shared_home,
     speed_facts,
     start_run,
+    variant_fact,
 )
 
 from prosparse_core.ledger import Ledger
@@ -165,6 +168,34 @@ def test_threshold_tradeoff(home: Home) -> None:
         assert increase == pytest.approx(100 * (math.exp(threshold**2) - 1), abs=1e-9)
         assert gain == pytest.approx(0.8 * threshold)
         assert chosen == (threshold == CHOSEN)
+
+
+def test_shrinkage_is_of_the_survivors_beside_the_dense_model_of_the_same_run(home: Home) -> None:
+    columns = "layer, mean_abs_live, dense_mean_abs_x1, survivor_ratio, chunk_sparsity, dead_frac"
+    where = f"run_id = '{home.first_run}' AND setting = 'prosparse' AND corpus = 'package-docs'"
+    rows = ask(home, f"SELECT {columns} FROM shrinkage WHERE {where} ORDER BY layer")
+    assert [row[0] for row in rows] == list(range(NUM_LAYERS))
+    for layer, live, dense, ratio, chunk, dead in rows:
+        assert dense == 0.05
+        assert (live is None) == (ratio is None) == (layer == 3)
+        if live is not None:
+            assert live == pytest.approx(0.1 * 0.17 * (layer + 1))
+            assert ratio == pytest.approx(live / 0.05)
+        assert (chunk, dead) == (pytest.approx(0.79), 0.01)
+    per_run = ask(home, "SELECT run_id, count(*) FROM shrinkage GROUP BY run_id ORDER BY run_id")
+    whole = NUM_LAYERS * len(CORPORA) * 3
+    assert per_run == [(home.first_run, whole), (home.second_run, whole)], "what was measured twice counts once"
+
+
+def test_without_the_dense_model_there_is_no_ratio(tmp_path: Path) -> None:
+    base = make_artifact(tmp_path, "base_model", "base")
+    fact = variant_fact("prosparse", base, "fatrelu")
+    made = make_artifact(tmp_path, "evaluate", "e", evaluation_facts(fact, 5.0, 0.8, 0.5, 0.1))
+    ledger = Ledger(tmp_path)
+    start_run(ledger, "r")
+    record_step(ledger, "r", made)
+    sql = "SELECT count(*), count(mean_abs_live), count(survivor_ratio), count(dense_mean_abs_x1) FROM shrinkage"
+    assert ask(ledger, sql) == [(12, 9, 0, 0)]
 
 
 def test_loss_curve(home: Home) -> None:
