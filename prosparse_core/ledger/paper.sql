@@ -3,7 +3,7 @@
 CREATE VIEW benchmarks AS
   WITH scores AS (
     SELECT r.run_id, r.recipe, v.model, v.setting, e.variant, e.task, e.metric AS exact_metric,
-      split_part(e.metric, ',', 1) AS metric, e.value, e.n, e."limit" IS NOT NULL AS partial, r.measured_at,
+      split_part(e.metric, ',', 1) AS metric, e.value, e.stderr, e.n, e."limit" IS NOT NULL AS partial, r.measured_at,
       coalesce(e.headline, FALSE) AS headline,
       CASE WHEN e.task = 'mmlu' OR (e.task LIKE 'mmlu\_%' ESCAPE '\' AND e.task NOT LIKE 'mmlu\_pro%' ESCAPE '\')
              THEN 'mmlu'
@@ -31,6 +31,10 @@ CREATE VIEW benchmarks AS
          ELSE benchmark END AS suite,
     benchmark, string_agg(DISTINCT exact_metric, ' ') AS metric,
     coalesce(avg(value ORDER BY task) FILTER (is_group), avg(value ORDER BY task)) AS value,
+    CASE WHEN bool_or(is_group)
+         THEN CASE WHEN count(stderr) FILTER (is_group) = count(*) FILTER (is_group)
+                   THEN sqrt(sum(stderr^2 ORDER BY task) FILTER (is_group)) / count(*) FILTER (is_group) END
+         WHEN count(stderr) = count(*) THEN sqrt(sum(stderr^2 ORDER BY task)) / count(*) END AS stderr,
     coalesce(sum(n) FILTER (is_group), sum(n)) AS n,
     bool_or(partial) AS partial, max(measured_at) AS measured_at
   FROM chosen GROUP BY ALL;
@@ -40,10 +44,11 @@ COMMENT ON VIEW benchmarks IS
 
 CREATE VIEW leaderboard AS
   WITH measured AS (
-    SELECT r.run_id, r.recipe, v.model, v.setting, v.variant, any_value(v.tokens_seen) AS tokens_seen
+    SELECT r.run_id, r.recipe, v.model, v.setting, v.variant, any_value(v.tokens_seen) AS tokens_seen,
+      any_value(v.seed) AS seed, any_value(v.l1) AS l1
     FROM run_artifacts r JOIN variant_facts v USING (artifact) GROUP BY ALL),
   perplexities AS (
-    SELECT r.run_id, v.model, e.variant, e.corpus, e.value, e.n
+    SELECT r.run_id, v.model, e.variant, e.corpus, e.value, e.stderr, e.n
     FROM evaluations e JOIN run_artifacts r USING (artifact)
     JOIN variant_facts v ON (v.artifact, v.variant) = (e.artifact, e.variant)
     WHERE e.metric = 'token_perplexity' AND e.corpus IS NOT NULL AND e.value IS NOT NULL
@@ -56,6 +61,11 @@ CREATE VIEW leaderboard AS
       CASE WHEN bool_or(corpus = 'mixed') THEN any_value(value) FILTER (corpus = 'mixed')
            WHEN count(n) = count(*) THEN exp(sum(n * ln(value) ORDER BY corpus) / sum(n))
            ELSE exp(avg(ln(value) ORDER BY corpus)) END AS perplexity,
+      -- Delta method: a relative error of perplexity is an absolute one of its logarithm, which is what is averaged.
+      CASE WHEN bool_or(corpus = 'mixed') THEN any_value(stderr / value) FILTER (corpus = 'mixed')
+           WHEN count(stderr) < count(*) THEN NULL
+           WHEN count(n) = count(*) THEN sqrt(sum((n * stderr / value)^2 ORDER BY corpus)) / sum(n)
+           ELSE sqrt(sum((stderr / value)^2 ORDER BY corpus)) / count(*) END AS relative_error,
       map_from_entries(list((corpus, value) ORDER BY corpus)) AS perplexity_by_corpus
     FROM perplexities GROUP BY ALL),
   sparsities AS (
@@ -74,11 +84,13 @@ CREATE VIEW leaderboard AS
     FROM sparsities GROUP BY ALL),
   suites AS (
     SELECT run_id, model, variant, suite, avg(value ORDER BY benchmark) AS value, count(*) AS num_benchmarks,
-      sum(value ORDER BY benchmark) AS total,
+      sum(value ORDER BY benchmark) AS total, count(stderr) AS num_stderr, sum(stderr^2 ORDER BY benchmark) AS variance,
       bool_or(partial) AS partial
     FROM benchmarks GROUP BY ALL),
   scores AS (
     SELECT run_id, model, variant, sum(total ORDER BY suite) / sum(num_benchmarks) AS accuracy,
+      CASE WHEN sum(num_stderr) = sum(num_benchmarks)
+           THEN sqrt(sum(variance ORDER BY suite)) / sum(num_benchmarks) END AS accuracy_stderr,
       sum(num_benchmarks)::BIGINT AS num_benchmarks, bool_or(partial) AS partial,
       max(value) FILTER (suite = 'code') AS code, max(value) FILTER (suite = 'commonsense') AS commonsense,
       max(value) FILTER (suite = 'reading') AS reading, max(value) FILTER (suite = 'gsm8k') AS gsm8k,
@@ -91,7 +103,8 @@ CREATE VIEW leaderboard AS
     FROM evaluations e JOIN run_artifacts r USING (artifact)
     JOIN variant_facts v ON (v.artifact, v.variant) = (e.artifact, e.variant)
     WHERE e.value IS NULL GROUP BY ALL)
-  SELECT m.run_id, m.recipe, m.model, m.setting, z.sparsity, p.perplexity, s.accuracy, s.num_benchmarks, s.partial,
+  SELECT m.run_id, m.recipe, m.model, m.setting, m.seed, m.l1, z.sparsity, p.perplexity,
+    p.perplexity * p.relative_error AS perplexity_stderr, s.accuracy, s.accuracy_stderr, s.num_benchmarks, s.partial,
     z.threshold, z.sparsity_by_corpus, p.perplexity_by_corpus,
     s.code, s.commonsense, s.reading, s.gsm8k, s.mmlu, s.bbh, s.agieval,
     (s.code + s.commonsense + s.reading + s.gsm8k + s.mmlu + s.bbh + s.agieval) / 7 AS average,
@@ -138,22 +151,27 @@ CREATE VIEW paper_gap AS
             AND baseline NOT IN ('dense', 'native_dense') AND coalesce(num_tokens, 1) = 1
           GROUP BY ALL)
     GROUP BY ALL),
-  ours AS (FROM long WHERE value IS NOT NULL AND setting IS NOT NULL),
+  ours AS (
+    SELECT o.*, b.seed, b.l1
+    FROM long o LEFT JOIN leaderboard b
+      ON (b.model, b.variant) = (o.model, o.variant) AND b.run_id IS NOT DISTINCT FROM o.run_id
+    WHERE o.value IS NOT NULL AND o.setting IS NOT NULL),
   paper AS (
-    FROM published WHERE condition = ''
-    QUALIFY row_number() OVER (PARTITION BY model, setting, metric ORDER BY source) = 1)
-  SELECT o.run_id, o.recipe, o.model, o.setting, o.metric, o.value AS ours, p.value AS paper,
+    FROM published
+    QUALIFY row_number() OVER (PARTITION BY model, setting, metric, condition ORDER BY source) = 1)
+  SELECT o.run_id, o.recipe, o.model, o.setting, o.seed, o.l1, o.metric, o.value AS ours, p.value AS paper,
     CASE WHEN paper_model(o.model) IS NOT NULL THEN o.value - p.value END AS gap,
-    p.model AS paper_model, p.source, o.variant
+    p.model AS paper_model, p.source, p.condition, o.variant
   FROM ours o
   LEFT JOIN paper p ON p.model = coalesce(paper_model(o.model), 'llama2-7b')
-    AND p.setting = o.setting AND lower(p.metric) = lower(o.metric)
+    AND p.setting = o.setting AND lower(p.metric) = lower(o.metric) AND p.condition = ''
   UNION ALL BY NAME
-  SELECT p.model, p.setting, p.metric, p.value AS paper, p.model AS paper_model, p.source
+  SELECT p.model, p.setting, p.metric, p.value AS paper, p.model AS paper_model, p.source, p.condition
   FROM paper p
-  WHERE NOT EXISTS (
+  WHERE p.condition <> '' OR NOT EXISTS (
     FROM ours o
     WHERE paper_model(o.model) = p.model AND o.setting = p.setting AND lower(o.metric) = lower(p.metric));
 COMMENT ON VIEW paper_gap IS
   'Our numbers beside the published ones, both in per cent (speedups as ratios). A model the paper does not treat '
-  'stands beside LLaMA2-7B, without a gap; a published number nobody measured here has ours NULL.';
+  'stands beside LLaMA2-7B, without a gap; a published number nobody measured here, or one under '
+  'a condition of its own (more tokens, another threshold), has ours NULL.';

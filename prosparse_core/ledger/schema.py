@@ -23,7 +23,7 @@ WRITER_CONFIG: dict[str, str | bool | int | float | list[str]] = {"threads": 1, 
 HISTORY = ("run_starts", "run_ends", "step_starts", "step_ends")
 """The tables the store's artifacts do not hold."""
 _CARRIED_BY_CODE = ("schema_version", "published")
-_SQL = ("schema.sql", "views.sql", "paper.sql", "held_out.sql")
+_SQL = ("schema.sql", "views.sql", "paper.sql", "comparison.sql", "held_out.sql")
 _CSV = ("columns.csv", "published.csv")
 _HERE = Path(__file__).parent
 

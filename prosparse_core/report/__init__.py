@@ -9,9 +9,10 @@ from pathlib import Path
 from prosparse_core.errors import EnvironmentProblem
 from prosparse_core.ledger import Ledger
 from prosparse_core.report.data import ReportData, collect
+from prosparse_core.report.markdown import write_results
 from prosparse_core.report.page import plots, render, summary
 
-__all__ = ["ReportData", "closing_tables", "collect", "write_data", "write_page", "write_report"]
+__all__ = ["ReportData", "closing_tables", "collect", "write_data", "write_page", "write_report", "write_results"]
 
 
 def write_report(ledger: Ledger, run_id: str, target: Path) -> Path:

@@ -11,19 +11,11 @@ import yaml
 
 from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger, Table
+from prosparse_core.report.courses import Record, course_order, courses, main_path, seed_order
+from prosparse_core.report.names import EXPECTED, SETTINGS, factor, seed
 
-Record = dict[str, Any]
+__all__ = ["MIXED", "SETTINGS", "Record", "ReportData", "collect"]
 
-SETTINGS = {
-    "original": ("Original", "dense activation"),
-    "vanilla_relu": ("Vanilla ReLU", "ReLU, no regularization"),
-    "shifted_relu": ("Shifted ReLU", "ReLU with a fixed shift"),
-    "fixed_l1": ("Fixed L1", "constant lambda"),
-    "prosparse_star": ("ProSparse*", "before threshold shifting"),
-    "prosparse": ("ProSparse", "with FATReLU thresholds"),
-}
-"""The rows of the paper's tables in their order: what people call each, and what it is."""
-EXPECTED = ("original", "vanilla_relu", "prosparse_star", "prosparse")
 MIXED = "mixed"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
@@ -37,13 +29,18 @@ WHERE s.run_id = {run} ORDER BY s.started_at, s.step_id""",
     "lineage": """
 SELECT DISTINCT l.artifact, l.role, l.input, l.input_step
 FROM lineage l JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDER BY ALL""",
-    "leaderboard": "SELECT * FROM leaderboard WHERE run_id = {run}",
+    "leaderboard": "SELECT * FROM leaderboard WHERE run_id = {run} ORDER BY setting, l1, seed, variant",
+    "comparison": "SELECT * FROM comparison WHERE run_id = {run} ORDER BY setting, l1, variants",
+    "matched": "SELECT * FROM matched_sparsity WHERE run_id = {run} ORDER BY setting, variant",
+    "paper": """
+SELECT setting, l1, seed, variant, metric, ours, paper, gap, paper_model, source
+FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, seed, metric, variant""",
     "checkpoints": """
-SELECT DISTINCT v.variant, v.setting, v.checkpoint
+SELECT DISTINCT v.variant, v.setting, v.checkpoint, v.seed, v.l1
 FROM variant_facts v JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDER BY ALL""",
     "training": """
 SELECT stage, step, tokens, l1_lambda, lm_loss, l1_term, sparsity, tokens_per_s, artifact
-FROM loss_curve WHERE run_id = {run} ORDER BY step, stage""",
+FROM loss_curve WHERE run_id = {run} ORDER BY step, stage, artifact""",
     "cliff": """
 SELECT v.setting, e.corpus, e.value AS perplexity, e.n
 FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
@@ -70,9 +67,13 @@ WHERE r.run_id = {run}
 QUALIFY row_number() OVER (PARTITION BY variant, s.corpus, s.layer ORDER BY r.measured_at DESC, artifact) = 1
 ORDER BY v.setting, s.corpus, s.layer""",
     "tradeoff": """
-SELECT corpus, threshold, sparsity, perplexity, perplexity_increase_pct, sparsity_gain, chosen, num_tokens,
-       rule, scope, setting
-FROM threshold_tradeoff WHERE run_id = {run} ORDER BY setting, rule, corpus, threshold""",
+SELECT corpus, threshold, cett, sparsity, perplexity, perplexity_increase_pct, sparsity_gain, chosen, num_tokens,
+       rule, scope, setting, variant
+FROM threshold_tradeoff WHERE run_id = {run} ORDER BY setting, variant, rule, corpus, threshold""",
+    "held_out": """
+SELECT setting, variant, variant_before, rule, scope, corpus, perplexity_before, perplexity, perplexity_increase_pct,
+       promised_increase_pct, sparsity_before, sparsity, sparsity_gain, promised_sparsity_gain
+FROM threshold_held_out WHERE run_id = {run} ORDER BY setting, variant, corpus""",
     "predictors": """
 SELECT v.setting, p.layer, p.cutoff, p.hidden, p.label_rule, p.recall, p.predicted_sparsity, p.true_sparsity,
        p.num_tokens
@@ -131,16 +132,52 @@ class ReportData:
         return list(dict.fromkeys([*(n for n in named if n in found), *sorted(found - {MIXED})]))
 
     @property
+    def is_comparison(self) -> bool:
+        """Whether the run trained many settings beside each other."""
+        return self.run["flow"] == "compare"
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The settings this kind of run measures when nothing goes wrong."""
+        if self.run["flow"] == "prosparse":
+            return EXPECTED
+        section = self.recipe.get("compare")
+        if not self.is_comparison or not isinstance(section, dict):
+            return ()
+        imported = [i.get("setting") for i in section.get("imported") or [] if isinstance(i, dict)]
+        return tuple(str(s) for s in [*(section.get("settings") or []), *imported])
+
+    @property
     def settings(self) -> list[tuple[str, str | None]]:
-        """(setting, variant) in the paper's order; the expected ones even when they were not measured."""
+        """(setting, variant) in the paper's order, then by factor and seed; the expected ones even when they were not
+        measured."""
         measured = {(r["setting"], r["variant"]) for name in ("scores", "layers") for r in self[name]}
         there = {setting for setting, _ in measured}
-        missing: set[tuple[str, str | None]] = {(s, None) for s in EXPECTED if s not in there}
-        order = list(SETTINGS)
-        return sorted(
-            measured | missing,
-            key=lambda sv: (order.index(sv[0]) if sv[0] in order else len(order), sv[0], sv[1] or ""),
-        )
+        missing: set[tuple[str, str | None]] = {(s, None) for s in self.expected if s not in there}
+        board = {r["variant"]: r for r in self["leaderboard"]}
+
+        def order(pair: tuple[str, str | None]) -> tuple[Any, ...]:
+            row = {**board.get(pair[1], {}), "setting": pair[0]}
+            return (*course_order(row, self.recipe.get("seed")), pair[1] or "")
+
+        return sorted(measured | missing, key=order)
+
+    def details(self, setting: str, variant: str | None) -> str:
+        """What tells a variant from others of its setting, such as its factor and seed; else what the setting is."""
+        about = SETTINGS.get(setting, (setting, ""))[1]
+        rows = [r for r in self["leaderboard"] if r["setting"] == setting]
+        row = next((r for r in rows if r["variant"] == variant), None)
+        if row is None or len(rows) < 2:
+            return about
+        parts = [factor(row["l1"])] if len({r["l1"] for r in rows}) > 1 else []
+        parts += [seed(row["seed"])] if len({r["seed"] for r in rows}) > 1 else []
+        is_alone = sum((r["l1"], r["seed"]) == (row["l1"], row["seed"]) for r in rows) == 1
+        return ", ".join(p for p in parts if p) if is_alone and any(parts) else str(variant)
+
+    def main_row(self, setting: str) -> Record:
+        """The leaderboard's line of a setting, of the recipe's own seed where there are several; empty if none."""
+        rows = [r for r in self["leaderboard"] if r["setting"] == setting]
+        return min(rows, key=lambda r: course_order(r, self.recipe.get("seed")), default={})
 
     def steps_of(self, *names: str) -> list[Record]:
         return [s for s in self["steps"] if s["step"] in names]
@@ -173,8 +210,11 @@ def collect(ledger: Ledger, run_id: str) -> ReportData:
     if not runs:
         raise BadInput(f"no run {run_id!r} in {ledger.path}", hint='prosparse query "SELECT run_id, status FROM runs"')
     subjects = {name: _records(ledger.query(text)) for name, text in sql.items() if name != "run"}
-    subjects["training"] = _one_path(subjects)
-    return ReportData(runs[0], _recipe(runs[0]["recipe_yaml"]), subjects, sql)
+    recipe = _recipe(runs[0]["recipe_yaml"])
+    subjects["courses"] = courses(subjects, recipe.get("seed"))
+    subjects["training"] = main_path(subjects, recipe.get("seed"))
+    subjects["tradeoff"] = _one_calibration(subjects, recipe.get("seed"))
+    return ReportData(runs[0], recipe, subjects, sql)
 
 
 def _records(table: Table) -> list[Record]:
@@ -200,25 +240,13 @@ def _recipe(text: str) -> Record:
     return _shown(recipe) if isinstance(recipe, dict) else {}
 
 
-def _one_path(subjects: dict[str, list[Record]]) -> list[Record]:
-    """The log of one chain of stages: where a run trained several settings, that of the last of the paper's rows."""
-    rows = subjects["training"]
-    artifacts_of_stage: dict[Any, set[str]] = {}
-    for row in rows:
-        artifacts_of_stage.setdefault(row["stage"], set()).add(row["artifact"])
-    if all(len(found) == 1 for found in artifacts_of_stage.values()):
-        return rows
-    order = list(SETTINGS)
-    ends = [c for c in subjects["checkpoints"] if c["checkpoint"] and c["setting"] in order]
-    if not ends:
-        return rows
-    inputs: dict[str, list[str]] = {}
-    for edge in subjects["lineage"]:
-        inputs.setdefault(edge["artifact"], []).append(edge["input"])
-    path, todo = set(), [max(ends, key=lambda c: order.index(c["setting"]))["checkpoint"]]
-    while todo:
-        artifact = todo.pop()
-        if artifact not in path:
-            path.add(artifact)
-            todo += inputs.get(artifact, [])
-    return [row for row in rows if row["artifact"] in path]
+def _one_calibration(subjects: dict[str, list[Record]], recipe_seed: Any) -> list[Record]:
+    """The threshold curves of one variant: where a run calibrated several, ProSparse's with the recipe's seed."""
+    rows = subjects["tradeoff"]
+    seeds = {r["variant"]: r["seed"] for r in subjects["leaderboard"]}
+
+    def order(row: Record) -> tuple[Any, ...]:
+        return (row["setting"] != "prosparse_star", *seed_order(seeds.get(row["variant"]), recipe_seed), row["variant"])
+
+    chosen = min(rows, key=order, default={}).get("variant")
+    return [row for row in rows if row["variant"] == chosen]

@@ -64,6 +64,7 @@ class Grid:
     def markdown(self) -> str:
         """A Markdown table with its notes below."""
         names = [": ".join(p for p in (c.group, c.title) if p) for c in self.columns]
+        names = [f"{n} ({c.small})" if c.small else n for n, c in zip(names, self.columns, strict=True)]
         lines = [_line(names), _line(["---:" if c.is_number else ":---" for c in self.columns])]
         lines += [_line([_marked(cell) for cell in row]) for row in self.rows]
         notes = [f"{i}. {escaped(note)}" for i, note in enumerate(self.notes, start=1)]
@@ -75,7 +76,11 @@ def _joined(cell: Cell) -> str:
 
 
 def _marked(cell: Cell) -> str:
-    return _joined(cell) + (f" [{cell.note}]" if cell.note else "")
+    """On one line: the spread directly after the value, everything else after a comma."""
+    text = cell.text
+    for small in cell.small.splitlines():
+        text += f" {small}" if small.startswith("±") else f", {small}"
+    return text + (f" [{cell.note}]" if cell.note else "")
 
 
 def _line(cells: Sequence[str]) -> str:

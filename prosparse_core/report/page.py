@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prosparse_core.report import tables, tables_layers, tables_run, tables_speed
+from prosparse_core.report import tables, tables_compare, tables_layers, tables_run, tables_speed
 from prosparse_core.report.data import SETTINGS, Record, ReportData
 from prosparse_core.report.format import duration, is_number, number, pct, ratio, short, when
 from prosparse_core.report.grid import Grid
 from prosparse_core.report.plot import Plot
+from prosparse_core.report.plot_comparison import comparison
+from prosparse_core.report.plot_courses import courses
 from prosparse_core.report.plot_layers import layers
 from prosparse_core.report.plot_predictor import predictor
 from prosparse_core.report.plot_speed import speed
@@ -19,6 +21,7 @@ from prosparse_core.report.plot_training import training
 from prosparse_core.report.speed_rows import OWN, baseline_name, provider_name, why_refused
 
 PLOTS = (training, tradeoff, layers, survivors, predictor, speed)
+OF_A_COMPARISON = (comparison, courses)
 _HERE = Path(__file__).parent
 
 
@@ -33,7 +36,7 @@ class Tile:
 
 def plots(data: ReportData) -> list[Plot]:
     """Every plot of the report, in its order."""
-    return [plot(data) for plot in PLOTS]
+    return [plot(data) for plot in (*(OF_A_COMPARISON if data.is_comparison else ()), *PLOTS)]
 
 
 def render(data: ReportData) -> str:
@@ -52,6 +55,10 @@ def render(data: ReportData) -> str:
         trouble=_trouble(data),
         tiles=tiles(data),
         plots=drawn,
+        comparison=tables_compare.comparison(data) if data.is_comparison else None,
+        matched=tables_compare.matched(data) if data.is_comparison else None,
+        verdict=tables_compare.verdict(data) if data.is_comparison else "",
+        shown=_shown(data),
         results=tables.results(data),
         cliff=tables.cliff(data),
         benchmarks=tables.benchmarks(data),
@@ -65,6 +72,11 @@ def render(data: ReportData) -> str:
         machines=tables_run.machines(data),
         examples=examples(data),
     )
+
+
+def _shown(data: ReportData) -> dict[str, bool]:
+    """Which of the sections that a comparison has no steps for are there all the same."""
+    return {name: bool(data.steps_of(name)) or not data.is_comparison for name in ("predictor", "speed")}
 
 
 def _facts(data: ReportData) -> list[tuple[str, str]]:
@@ -117,8 +129,7 @@ def _trouble(data: ReportData) -> dict[str, str] | None:
 
 def tiles(data: ReportData) -> list[Tile]:
     """The result in four numbers."""
-    board = {r["setting"]: r for r in data["leaderboard"]}
-    dense, star, ours = (board.get(s, {}) for s in ("original", "prosparse_star", "prosparse"))
+    dense, star, ours = (data.main_row(s) for s in ("original", "prosparse_star", "prosparse"))
     why = data.why_missing("evaluate", "prosparse")
     found = []
     if is_number(ours.get("sparsity")):
@@ -144,8 +155,18 @@ def tiles(data: ReportData) -> list[Tile]:
     else:
         reasons = ours.get("not_measured") or []
         found.append(Tile("Accuracy", "n/a", "; ".join(reasons) or why))
-    found.append(_speed_tile(data))
+    found.append(_matched_tile(data) if data.is_comparison else _speed_tile(data))
     return found
+
+
+def _matched_tile(data: ReportData) -> Tile:
+    rows = [r for r in data["matched"] if r["setting"] == tables_compare.CLAIM]
+    title = "perplexity of ProSparse* against a fixed factor at the same sparsity"
+    if not rows or not is_number(rows[0]["difference_pct"]):
+        return Tile(title, "n/a", (rows and rows[0]["reason"]) or data.why_missing("evaluate", tables_compare.CLAIM))
+    error = rows[0]["difference_stderr_pct"]
+    about = f"± {error:.1f}, one standard error" if is_number(error) else "without a standard error"
+    return Tile(title, tables_compare.signed(rows[0]["difference_pct"]), about)
 
 
 def _speed_tile(data: ReportData) -> Tile:
@@ -185,6 +206,7 @@ def examples(data: ReportData) -> list[tuple[str, str]]:
 def summary(data: ReportData) -> list[tuple[str, Grid]]:
     """The closing tables, for places that show tables: (key, grid), those there are."""
     found = {
+        "comparison": tables_compare.comparison(data) if data.is_comparison else None,
         "results": tables.results(data),
         "predictors": tables_run.predictors(data),
         "speed": tables_speed.speedups(data),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from prosparse_core.report.data import SETTINGS, Record, ReportData
+from prosparse_core.report.data import Record, ReportData
 from prosparse_core.report.format import count, is_number, number, pct, plain, ratio, spread
 from prosparse_core.report.grid import NOT_APPLICABLE, Cell, Column, Grid
+from prosparse_core.report.names import name_of
 
 ALL = "all"
 
@@ -20,12 +21,11 @@ def results(data: ReportData) -> Grid:
         columns += [Column(c, group=group) for c in corpora] or [Column("", group=group)]
     columns += [Column("Accuracy", _accuracy_of(data)), Column("Threshold"), Column("Tokens seen")]
     grid = Grid("Results", columns)
-    base = next((v for s, v in data.settings if s == "original"), None)
-    for setting, variant in data.settings:
-        name, about = SETTINGS.get(setting, (setting, ""))
-        twice = sum(s == setting for s, _ in data.settings) > 1
+    settings = data.settings
+    base = next((v for s, v in settings if s == "original"), None)
+    for setting, variant in settings:
         why = data.why_missing("evaluate", setting)
-        row = [Cell(name, variant if twice and variant else about)]
+        row = [Cell(name_of(setting), data.details(setting, variant))]
         row += [_perplexity(grid, data, board, variant, base, c, why) for c in corpora] or [grid.missing(why)]
         row += [_sparsity(grid, data, board, variant, c, why) for c in corpora] or [grid.missing(why)]
         row += [_accuracy(grid, data, board.get(variant), why), _threshold(grid, data, setting, board.get(variant))]
@@ -50,7 +50,7 @@ def _perplexity(
 ) -> Cell:
     if corpus == ALL:
         value, dense = (board.get(v, {}).get("perplexity") for v in (variant, base))
-        text, error = number(value), ""
+        text, error = spread(value, board.get(variant, {}).get("perplexity_stderr"))
     else:
         found, original = score_of(data, variant, corpus), score_of(data, base, corpus)
         value, dense = (r["value"] if r else None for r in (found, original))
@@ -97,10 +97,11 @@ def _accuracy(grid: Grid, data: ReportData, row: Record | None, why: str) -> Cel
 
 
 def _threshold(grid: Grid, data: ReportData, setting: str, row: Record | None) -> Cell:
-    if setting != "prosparse":
+    if setting != "prosparse" and not (row and row["threshold"]):
         return Cell(NOT_APPLICABLE, tone="quiet")
     if row and is_number(row["threshold"]):
-        return Cell(plain(row["threshold"]))
+        per_layer = {r["threshold"] for r in data["layers"] if r["variant"] == row["variant"]}
+        return Cell(plain(row["threshold"]), "mean over layers" if len(per_layer) > 1 else "")
     chosen = next((r["threshold"] for r in data["tradeoff"] if r["chosen"]), None)
     return Cell(plain(chosen)) if is_number(chosen) else grid.missing(data.why_missing("calibrate"))
 
@@ -151,6 +152,14 @@ def exported(data: ReportData) -> Grid | None:
     return grid if grid.rows else None
 
 
+def _measured_column(
+    data: ReportData, setting: str, variant: str | None, settings: list[tuple[str, str | None]]
+) -> Column:
+    """Named by the setting, and by what tells it from others of the setting where there are any."""
+    is_alone = sum(s == setting for s, _ in settings) == 1
+    return Column(name_of(setting) if is_alone else f"{name_of(setting)}, {data.details(setting, variant)}")
+
+
 def benchmarks(data: ReportData) -> Grid | None:
     """Every benchmark score by setting, with its standard error and its conditions."""
     rows = [r for r in data["scores"] if r["task"] and not r["corpus"]]
@@ -158,7 +167,7 @@ def benchmarks(data: ReportData) -> Grid | None:
     if not rows:
         return None
     columns = [Column("Task", is_number=False), Column("Metric", is_number=False)]
-    grid = Grid("Benchmarks", columns + [Column(SETTINGS.get(s, (s, ""))[0]) for s, _ in settings])
+    grid = Grid("Benchmarks", columns + [_measured_column(data, s, v, settings) for s, v in settings])
     for task, metric in sorted({(r["task"], r["metric"]) for r in rows}):
         found = {r["variant"]: r for r in rows if (r["task"], r["metric"]) == (task, metric)}
         first = next(iter(found.values()))

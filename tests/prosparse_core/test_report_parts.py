@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prosparse_core.report import format as shown
-from prosparse_core.report.data import _one_path
+from prosparse_core.report.courses import main_path
 from prosparse_core.report.format import MINUS, SPACE
 from prosparse_core.report.grid import Cell, Column, Grid, escaped
 from prosparse_core.report.plot_training import smoothed, thinned
@@ -78,7 +78,7 @@ def test_a_grid_numbers_each_reason_once() -> None:
     assert grid.groups == [("g", 2), ("", 1)]
     grid.rows.append([Cell("1", "± 2\n3×"), grid.missing("x"), Cell("|")])
     assert grid.records() == [{"g: a": "1 ± 2 3×", "g: b": "n/a", "c": "|"}]
-    assert "| 1 ± 2 3× | n/a \\[1\\] | \\| |" in grid.markdown()
+    assert "| 1 ± 2, 3× | n/a \\[1\\] | \\| |" in grid.markdown()
     assert grid.markdown().endswith("1. x\n2. y\n")
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_trained_several_settings_shows_the_main_one() -> None:
         ],
         "lineage": [{"artifact": "ours-1", "input": "ours-0"}, {"artifact": "l1-1", "input": "l1-0"}],
     }
-    assert {r["artifact"] for r in _one_path(subjects)} == {"ours-0", "ours-1"}
+    assert {r["artifact"] for r in main_path(subjects)} == {"ours-0", "ours-1"}
 
 
 FLOATS = st.floats(-1e6, 1e6)

@@ -1,0 +1,186 @@
+"""The results page: what a comparison of settings came to, as Markdown with its figures, for the documentation.
+
+Every number is read from the ledger's views; the same ledger gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from prosparse_core.errors import BadInput, EnvironmentProblem
+from prosparse_core.ledger import Ledger
+from prosparse_core.report import tables, tables_compare
+from prosparse_core.report.conditions import conditions, limits
+from prosparse_core.report.data import ReportData, collect
+from prosparse_core.report.format import SPACE
+from prosparse_core.report.grid import Grid, escaped
+from prosparse_core.report.plot import Plot
+from prosparse_core.report.plot_comparison import comparison
+from prosparse_core.report.plot_courses import course, courses
+from prosparse_core.report.plot_tradeoff import tradeoff
+from prosparse_core.report.sheet import PAPER
+
+PAGE, FIGURES = "results.md", "results"
+_OWN = re.compile(r"(comparison|courses|course(-\d+)?|thresholds)\.svg")
+"""What an earlier page may have left; other files in the folder are not ours."""
+_PADDING = 16
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
+
+
+def write_results(ledger: Ledger, run_ids: Sequence[str], folder: Path) -> list[Path]:
+    """Write ``results.md`` and ``results/*.svg`` under ``folder``; returns what was written, the page first.
+
+    Figures and page are complete before any of them takes its place, and the page goes last: a failure leaves the old
+    page with figures it can stand on.
+
+    Args:
+        run_ids: one run of the flow ``compare``; others, such as a long run of the main path, add their curves. Empty:
+            the newest finished comparison.
+
+    Raises:
+        BadInput: no such run, no comparison among them, or more than one.
+        EnvironmentProblem: ``folder`` cannot be written.
+    """
+    found = [collect(ledger, run_id) for run_id in run_ids or [_newest_comparison(ledger)]]
+    compared = [data for data in found if data.is_comparison]
+    if len(compared) != 1:
+        what = f"{len(compared)} of the {len(found)} runs given are comparisons"
+        raise BadInput(
+            f"{what}: the results page is about one",
+            hint="prosparse query \"SELECT run_id, recipe, status FROM runs WHERE flow = 'compare'\"",
+        )
+    text, figures = page(compared[0], [data for data in found if not data.is_comparison])
+    return _replace(folder, text, figures)
+
+
+def _newest_comparison(ledger: Ledger) -> str:
+    sql = "SELECT run_id FROM runs WHERE flow = 'compare' AND status = 'done' ORDER BY started_at DESC LIMIT 1"
+    rows = ledger.query(sql).rows
+    if not rows:
+        raise BadInput("no finished comparison in the ledger", hint="prosparse compare RECIPE")
+    return str(rows[0][0])
+
+
+def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict[str, str]]:
+    """(Markdown, SVG by file name) of a comparison and of the runs that go with it."""
+    figures: dict[str, str] = {}
+    runs = [data, *others]
+
+    def figure(plot: Plot, name: str) -> str:
+        if not plot.paint:
+            return f"n/a: {escaped(plot.missing)}."
+        figures[f"{name}.svg"] = standalone(plot.wide)
+        aid = escaped(" ".join([plot.aid, *plot.remarks]))
+        return f"![{escaped(plot.alt)}]({FIGURES}/{name}.svg)\n\n{aid}"
+
+    def table(grid: Grid | None, absent: str) -> str:
+        return _table(grid) if grid is not None else f"n/a: {escaped(absent)}."
+
+    parts = [
+        f"# Results: {escaped(str(data.run['model']))}",
+        f"Generated from the ledger by `prosparse report --markdown`: change the runs, not this page. "
+        f"{escaped(str(data.recipe.get('description') or ''))}".rstrip(),
+        "## What was found",
+        escaped(tables_compare.verdict(data)),
+        figure(comparison(data), "comparison"),
+        "## Every setting under equal tokens",
+        _table(tables_compare.comparison(data)),
+        "## Progressive against fixed factors",
+        _table(tables_compare.matched(data)),
+        "## Training",
+        figure(courses(data), "courses"),
+    ]
+    for number, other in enumerate(others, start=1):
+        parts += [
+            f"## The run of {escaped(str(other.run['recipe']))}",
+            figure(course(other), "course" if number == 1 else f"course-{number}"),
+            _table(tables.results(other)),
+        ]
+    parts += [
+        "## One threshold for all layers, or one per layer",
+        figure(tradeoff(data), "thresholds"),
+        table(tables_compare.rules(data), data.why_missing("calibrate")),
+        "## Beside the paper",
+        table(tables_compare.paper(data), "the paper has none of the settings that this run measured"),
+        "## Corpus by corpus",
+        _table(tables.results(data)),
+        "## Conditions",
+        _table(conditions(runs)),
+        "## Limits",
+        "\n".join(f"- {escaped(line)}" for line in limits(runs)),
+        "## How to reproduce this",
+        _fenced("\n".join(commands(runs)), "sh"),
+    ]
+    return "\n\n".join(parts).replace(SPACE, " ") + "\n", figures
+
+
+def commands(runs: Sequence[ReportData]) -> list[str]:
+    """The commands that make the runs, this page, and the questions behind its tables."""
+    lines = []
+    for data in runs:
+        verb = "compare" if data.is_comparison else "run"
+        changes = [word for change in data.run["overrides"] or [] for word in ("--set", str(change))]
+        lines.append(shlex.join(["prosparse", verb, str(data.run["recipe"]), *changes]))
+    ids = [str(data.run["run_id"]) for data in runs]
+    lines.append(shlex.join(["prosparse", "report", *ids, "--markdown", "docs"]))
+    literal = "'" + ids[0].replace("'", "''") + "'"
+    views = ("comparison", "matched_sparsity", "leaderboard", "paper_gap")
+    return lines + [shlex.join(["prosparse", "query", f"FROM {view} WHERE run_id = {literal}"]) for view in views]
+
+
+def standalone(svg: str) -> str:
+    """A figure of the report as a file of its own: paper under it, fonts named, colours written out, a margin."""
+    head, _, body = svg.partition(">")
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
+    assert box is not None, "a figure of the report has a viewBox"
+    width, height = (float(v) + 2 * _PADDING for v in box.groups())
+    place = f'viewBox="{-_PADDING} {-_PADDING} {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    head = head.replace(box[0], f'{place} font-family="{_FONTS}"')
+    paper = f'<rect x="{-_PADDING}" y="{-_PADDING}" width="{width:g}" height="{height:g}" fill="{PAPER}"/>'
+    return re.sub(r"var\(--\w+, (#[0-9a-f]{6})\)", r"\1", f"{head}>\n{paper}\n{body}") + "\n"
+
+
+def _table(grid: Grid) -> str:
+    """A table without the heading: the page has its own."""
+    return grid.markdown().partition("\n")[2].strip()
+
+
+def _fenced(text: str, language: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _replace(folder: Path, text: str, figures: dict[str, str]) -> list[Path]:
+    """Everything under a hidden folder beside its place first, then moved over, the page last."""
+    staging = folder / f".results-{os.getpid()}-{secrets.token_hex(4)}"
+    target = folder / FIGURES
+    try:
+        try:
+            staging.mkdir(parents=True)
+            for name, content in {**figures, PAGE: text}.items():
+                with open(staging / name, "w", encoding="utf-8", errors="replace") as handle:
+                    handle.write(content)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+            target.mkdir(exist_ok=True)
+            for name in sorted(figures):
+                os.replace(staging / name, target / name)
+            os.replace(staging / PAGE, folder / PAGE)
+            for stale in target.glob("*.svg"):
+                if stale.name not in figures and _OWN.fullmatch(stale.name):
+                    stale.unlink()
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the results page cannot be written to {folder}: {error.strerror}",
+            hint="give another folder with --markdown, or free some space",
+        ) from error
+    return [folder / PAGE, *(target / name for name in sorted(figures))]

@@ -1,0 +1,202 @@
+"""The tables of a comparison: every setting over its seeds, the same sparsity by a fixed factor, and the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prosparse_core.report.courses import course_order
+from prosparse_core.report.data import MIXED, Record, ReportData
+from prosparse_core.report.format import MINUS, SPACE, count, is_number, number, pct, plain, ratio, spread
+from prosparse_core.report.grid import NOT_APPLICABLE, Cell, Column, Grid
+from prosparse_core.report.names import name_of, seeds
+from prosparse_core.report.plot_tradeoff import _best_within as best_within
+from prosparse_core.report.plot_tradeoff import _budget as budget
+
+CLAIM = "prosparse_star"
+"""The setting the paper's claim is about: progressive factors, before threshold shifting."""
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Half the width of a 95 % interval in standard errors, for 1 to 10 degrees of freedom; 2 for more."""
+
+
+def comparison(data: ReportData) -> Grid:
+    """One line per setting and factor: means over seeds, their spread, and the evaluation's own standard error."""
+    columns = [Column("Setting", is_number=False), Column("λ", "at its end"), Column("Seeds"), Column("Tokens")]
+    columns += [Column("Mean", "± sd over seeds", group="Perplexity"), Column("Standard error", group="Perplexity")]
+    columns += [Column("Ratio to the original", group="Perplexity"), Column("Sparsity", "± sd over seeds")]
+    columns += [Column("Accuracy", "± standard error"), Column("Threshold")]
+    grid = Grid("Settings under equal tokens", columns)
+    rows = sorted(data["comparison"], key=lambda r: (*course_order(r, None), r["variants"]))
+    dense = next((r["perplexity"] for r in rows if r["setting"] == "original"), None)
+    blank = Cell(NOT_APPLICABLE, tone="quiet")
+    for row in rows:
+        why = _why_absent(data, row["setting"])
+        factor = Cell(plain(row["l1"])) if is_number(row["l1"]) else _no_factor(row, blank)
+        line = [Cell(name_of(row["setting"]), _number_of_runs(row)), factor]
+        line += [Cell(seeds(row["seeds"]) or NOT_APPLICABLE), Cell(count(row["tokens_seen"]))]
+        line.append(_mean(row["perplexity"], row["perplexity_sd"]) or grid.missing(why))
+        error = row["perplexity_stderr"]
+        line.append(Cell(f"± {number(error, 2)}") if is_number(error) else grid.missing(_NO_ERROR))
+        is_placed = is_number(dense) and is_number(row["perplexity"]) and dense > 0
+        line.append(Cell(ratio(row["perplexity"] / dense)) if is_placed else grid.missing(_NO_ORIGINAL))
+        line.append(_share(row["sparsity"], row["sparsity_sd"]) or grid.missing(why))
+        line.append(_share(row["accuracy"], row["accuracy_stderr"]) or grid.missing(why))
+        line.append(Cell(plain(row["threshold"])) if row["threshold"] else blank)
+        grid.rows.append(line)
+    there = {r["setting"] for r in rows}
+    for setting in (s for s in data.expected if s not in there):
+        absent = grid.missing(data.why_missing("evaluate", setting))
+        grid.rows.append([Cell(name_of(setting)), *[absent] * (len(columns) - 1)])
+    return grid
+
+
+_NO_ERROR = "the evaluation recorded no standard error of every corpus"
+_NO_ORIGINAL = "the original's perplexity or this one was not measured"
+
+
+def _number_of_runs(row: Record) -> str:
+    return f"{row['num_seeds']} training runs" if row["num_seeds"] > 1 else ""
+
+
+def _no_factor(row: Record, blank: Cell) -> Cell:
+    return Cell("differs by seed", tone="quiet") if row["num_seeds"] > 1 and row["setting"] == "closed_loop" else blank
+
+
+def _why_absent(data: ReportData, setting: str) -> str:
+    notes = [n for r in data["leaderboard"] if r["setting"] == setting for n in r["not_measured"] or []]
+    return "; ".join(dict.fromkeys(notes)) or data.why_missing("evaluate", setting)
+
+
+def _mean(value: Any, sd: Any) -> Cell | None:
+    return Cell(*spread(value, sd)) if is_number(value) else None
+
+
+def _share(value: Any, error: Any) -> Cell | None:
+    if not is_number(value):
+        return None
+    return Cell(pct(value, 2), f"± {100 * error:.2f}" if is_number(error) else "")
+
+
+def matched(data: ReportData) -> Grid:
+    """Every progressive setting beside a fixed factor at the same sparsity and tokens."""
+    columns = [Column("Setting", is_number=False), Column("Sparsity"), Column("Perplexity")]
+    columns += [Column("Of a fixed factor there"), Column("Difference", "± standard error")]
+    columns += [Column("Between the factors"), Column("Error from", is_number=False)]
+    grid = Grid("At the same sparsity as a fixed factor", columns)
+    for row in sorted(data["matched"], key=lambda r: (*course_order(r, None), r["variant"])):
+        line = [Cell(name_of(row["setting"]), _number_of_runs(row)), Cell(pct(row["sparsity"], 2))]
+        line.append(Cell(number(row["perplexity"])))
+        if row["reason"] or not is_number(row["difference_pct"]):
+            absent = grid.missing(row["reason"] or _NO_DIFFERENCE)
+            line += [absent] * 4
+        else:
+            line += [Cell(number(row["fixed_perplexity"])), Cell(*_difference(row))]
+            line += [Cell(f"{plain(row['l1_below'])} and {plain(row['l1_above'])}")]
+            line += [Cell(row["error_source"]) if row["error_source"] else grid.missing(_NO_ERROR)]
+        grid.rows.append(line)
+    return grid
+
+
+_NO_DIFFERENCE = "the perplexities do not allow a comparison"
+
+
+def _difference(row: Record) -> tuple[str, str]:
+    error = row["difference_stderr_pct"]
+    return signed(row["difference_pct"]), f"± {error:.1f}" if is_number(error) else ""
+
+
+def signed(value: float) -> str:
+    """``−1.2 %``."""
+    return f"{value:+.1f}{SPACE}%".replace("-", MINUS)
+
+
+def verdict(data: ReportData) -> str:
+    """The paper's claim, that progressive factors cost less than a fixed one at the same sparsity, judged by the
+    numbers in one sentence, whichever way they fall: by the 95 % interval of the difference."""
+    row = min((r for r in data["matched"] if r["setting"] == CLAIM), key=lambda r: str(r["variant"]), default=None)
+    claim = "the paper's claim that at matched sparsity progressive regularization has a lower perplexity than a fixed "
+    claim += "factor"
+    if row is None:
+        return f"This run cannot test {claim}: {name_of(CLAIM)} was not measured in it."
+    if row["reason"] or not is_number(row["difference_pct"]):
+        return f"This run cannot test {claim}: {row['reason'] or _NO_DIFFERENCE}."
+    value, error = row["difference_pct"], row["difference_stderr_pct"]
+    size = "the same as" if value == 0 else f"{abs(value):.1f}{SPACE}% {'lower' if value < 0 else 'higher'} than"
+    told = f"At {pct(row['sparsity'], 1)} sparsity the perplexity of {name_of(CLAIM)}, {number(row['perplexity'])}, is "
+    told += f"{size} the {number(row['fixed_perplexity'])} of a fixed factor"
+    if not is_number(error):
+        return f"{told}; without a standard error that neither supports nor refutes {claim}."
+    low, high = interval(row)
+    told += f" (difference {signed(value)} ± {error:.1f}, one standard error from the {row['error_source']}; "
+    told += f"95{SPACE}% interval {signed(low)} to {signed(high)})"
+    if low <= 0 <= high:
+        return f"{told}: this run does not decide {claim}."
+    return f"{told}: this run {'supports' if value < 0 else 'contradicts'} {claim}."
+
+
+def interval(row: Record) -> tuple[float, float]:
+    """The 95 % interval of a difference: by Student's t where the error rests on few seeds."""
+    freedom = row["degrees_of_freedom"]
+    wide = _STUDENT[freedom - 1] if freedom and freedom <= len(_STUDENT) else 2.0
+    reach = wide * row["difference_stderr_pct"]
+    return row["difference_pct"] - reach, row["difference_pct"] + reach
+
+
+def rules(data: ReportData) -> Grid | None:
+    """What each threshold rule came to within the budget, on all calibration text together, and the one that was taken
+    on held-out text."""
+    rows = [r for r in data["tradeoff"] if r["corpus"] == MIXED]
+    columns = [Column("Thresholds", is_number=False), Column("t"), Column("Sparsity", group=_TRIED)]
+    columns += [Column("Perplexity", group=_TRIED), Column("Rise", group=_TRIED), Column("Taken", is_number=False)]
+    grid = Grid("Threshold rules", [*columns, Column("Rise", group=_HELD_OUT), Column("Sparsity", group=_HELD_OUT)])
+    for rule, scope in sorted({(r["rule"], r["scope"]) for r in rows}, key=lambda rs: (rs[1] != "global", rs[0])):
+        curve = [r for r in rows if (r["rule"], r["scope"]) == (rule, scope)]
+        taken = next((r for r in curve if r["chosen"]), None)
+        row = taken or best_within(curve, budget(data))
+        name = Cell("one for all layers" if scope == "global" else "one per layer", rule)
+        if row is None:
+            grid.rows.append([name, *[grid.missing("no threshold of this rule stays within the budget")] * 7])
+            continue
+        t = Cell(plain(row["threshold"]), "" if scope == "global" else "mean over layers")
+        rise = row["perplexity_increase_pct"]
+        line = [name, t, Cell(pct(row["sparsity"], 2)), Cell(number(row["perplexity"]))]
+        line += [Cell(signed(rise)) if is_number(rise) else grid.missing("no threshold 0 was tried")]
+        line += [Cell("yes" if taken else "no"), *_on_held_out(data, grid, taken)]
+        grid.rows.append(line)
+    return grid if grid.rows else None
+
+
+_TRIED, _HELD_OUT = "Calibration text", "Held-out text"
+
+
+def _on_held_out(data: ReportData, grid: Grid, taken: Record | None) -> list[Cell]:
+    if taken is None:
+        return [grid.missing("only the thresholds that were taken are evaluated on held-out text")] * 2
+    rows = [r for r in data["held_out"] if r["corpus"] == MIXED and r["variant_before"] == taken["variant"]]
+    row = next((r for r in rows if (r["rule"], r["scope"]) == (taken["rule"], taken["scope"])), None)
+    if row is None or not is_number(row["perplexity_increase_pct"]):
+        return [grid.missing(data.why_missing("evaluate", "prosparse"))] * 2
+    return [Cell(signed(row["perplexity_increase_pct"])), Cell(pct(row["sparsity"], 2))]
+
+
+def paper(data: ReportData) -> Grid | None:
+    """Our numbers beside the published ones, with the table each is printed in; further seeds are left out."""
+    main = {data.main_row(s)["variant"] for s in {r["setting"] for r in data["leaderboard"]}}
+    kept = [r for r in data["paper"] if r["variant"] in main or r["setting"] == "fixed_l1"]
+    own_seed = {r["seed"] for r in kept if r["variant"] in main}
+    kept = [r for r in kept if r["setting"] != "fixed_l1" or r["seed"] in own_seed]
+    if not kept:
+        return None
+    columns = [Column("Setting", is_number=False), Column("Measure", is_number=False), Column("Ours")]
+    grid = Grid("Beside the paper", [*columns, Column("Published"), Column("Gap"), Column("Source", is_number=False)])
+    for row in sorted(kept, key=lambda r: (*course_order(r, None), r["metric"])):
+        factor = f"λ {plain(row['l1'])}" if row["setting"] == "fixed_l1" and is_number(row["l1"]) else ""
+        unit = "×" if row["metric"].endswith("_speedup") else f"{SPACE}%"
+        name = row["metric"].removesuffix("_pct").replace("_", " ")
+        gap = (
+            Cell(f"{row['gap']:+.2f}".replace("-", MINUS))
+            if is_number(row["gap"])
+            else grid.missing(f"the paper does not treat {data.run['model']}: {row['paper_model']} stands beside it")
+        )
+        line = [Cell(name_of(row["setting"]), factor), Cell(name), Cell(f"{row['ours']:.2f}{unit}")]
+        grid.rows.append([*line, Cell(f"{row['paper']:.2f}{unit}"), gap, Cell(row["source"])])
+    return grid
