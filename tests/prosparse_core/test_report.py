@@ -19,7 +19,7 @@ from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.ledger import Ledger
 from prosparse_core.report import closing_tables, collect, write_data, write_report
 from prosparse_core.report.data import ReportData
-from prosparse_core.report.format import SPACE, number, pct, ratio
+from prosparse_core.report.format import SPACE, pct, ratio, spread
 from prosparse_core.report.page import examples, plots, render, tiles
 from prosparse_core.report.tables import benchmarks, exported, results
 from prosparse_core.report.tables_run import stages, steps
@@ -198,8 +198,8 @@ def test_the_table_holds_what_the_ledger_holds(told: Any) -> None:
     ours, dense = board["prosparse"], board["original"]
     assert rows["ProSparse"]["Sparsity/all"].text == pct(ours["sparsity"])
     together = rows["ProSparse"]["Token perplexity/all"]
-    assert together.text == number(ours["perplexity"])
-    assert together.small == ratio(ours["perplexity"] / dense["perplexity"])
+    text, error = spread(ours["perplexity"], ours["perplexity_stderr"])
+    assert (together.text, together.small) == (text, f"{error}\n{ratio(ours['perplexity'] / dense['perplexity'])}")
     assert rows["Original"]["Token perplexity/python-code"].text == "2.400"
     assert rows["Original"]["Token perplexity/python-code"].small == "± 0.048"
     assert rows["ProSparse"]["Token perplexity/python-code"].small == "± 0.048\n1.22×"
