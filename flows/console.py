@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import summary
+from flows.benchmark_table import benchmark_table
 from prosparse_core.planning import Cost
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Recipe
@@ -242,12 +243,15 @@ def tokens(count: int) -> str:
 
 def print_result(result: summary.Result) -> None:
     """The closing table of a run and the lines below it."""
-    if result.settings:
+    if result.settings and (result.corpora or not result.benchmarks):
         columns = ["setting", *result.corpora, "accuracy", "threshold"]
         rows = [
             [s.label, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold] for s in result.settings
         ]
         table(columns, rows, title=f"{result.recipe} · held-out files: token perplexity, sparsity")
+    if result.benchmarks:
+        columns, rows = benchmark_table(result.benchmarks)
+        table(columns, rows, title=f"{result.recipe} · benchmarks")
     for line in result.lines:
         out.print(escape(line))
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+import yaml
 from prefect import flow
 
 from flows.run import home_folder, open_run
@@ -35,6 +36,14 @@ class Request:
     batch_size: int | None = None
     precision: str | None = None
     force: bool = False
+
+
+class Measured(Recipe):
+    """A recipe of the sections that measuring needs: nothing is mixed or trained."""
+
+    def to_yaml(self) -> str:
+        kept = {"name", "description", "model", "evaluate", "runtime"}
+        return yaml.safe_dump(self.model_dump(mode="json", include=kept), sort_keys=False, allow_unicode=True)
 
 
 def prepare(request: Request) -> tuple[Recipe, Target]:
@@ -67,10 +76,9 @@ def prepare(request: Request) -> tuple[Recipe, Target]:
     if base is not None:
         model = base.model.model_copy(update={"precision": precision})
         return base.model_copy(update={"evaluate": section, "model": model}), target
-    # Nothing is trained: a recipe of these sections only.
     model = target.model.model_copy(update={"precision": precision})
     description = f"measure {request.model}"
-    return Recipe.model_construct(name="evaluate", description=description, model=model, evaluate=section), target
+    return Measured.model_construct(name="evaluate", description=description, model=model, evaluate=section), target
 
 
 def measure(run: Run, target: Target, *, with_corpora: bool) -> None:

@@ -44,6 +44,8 @@ class Result:
     settings: list[SettingResult] = field(default_factory=list)
     predictor: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
+    benchmarks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By the label of a setting: task, metric, value, stderr, n, num_fewshot, headline, partial, note."""
     places: dict[str, str] = field(default_factory=dict)
     steps: dict[str, int] = field(default_factory=dict)
 
@@ -85,6 +87,8 @@ def of_run(run: Run) -> Result:
         elif artifact.step == "evaluate":
             result.settings.append(_setting(artifact, meta, threshold, run.recipe.seed))
             result.corpora = list(meta["perplexity"])
+            if meta.get("benchmarks"):
+                result.benchmarks[result.settings[-1].label] = meta["benchmarks"]
         elif artifact.step == "predictor":
             result.predictor = meta
         elif artifact.step == "speed":

@@ -64,8 +64,8 @@ class Evaluation:
 
     @property
     def accuracy(self) -> dict[str, float | None]:
-        """acc by task."""
-        return {s.task: s.value for s in self.scores if s.task and s.metric == "acc"}
+        """acc of the held-out questions; benchmarks have rows of their own."""
+        return {s.task: s.value for s in self.scores if s.task == CHOICES_TASK and s.metric == "acc"}
 
 
 def evaluate(run: Run, variant: Variant, corpora: Artifact | None) -> Artifact:
