@@ -246,7 +246,8 @@ def print_result(result: summary.Result) -> None:
     if result.settings and (result.corpora or not result.benchmarks):
         columns = ["setting", *result.corpora, "accuracy", "threshold"]
         rows = [
-            [s.label, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold] for s in result.settings
+            [s.label, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold_text]
+            for s in result.settings
         ]
         table(columns, rows, title=f"{result.recipe} · held-out files: token perplexity, sparsity")
     if result.benchmarks:

@@ -26,6 +26,13 @@ class SettingResult:
     l1: float | None = None
     seed: int | None = None
     """Given where it is not the recipe's."""
+    scope: str | None = None
+    """global or per_layer: whether the threshold is that of every layer or a mean."""
+
+    @property
+    def threshold_text(self) -> str | float | None:
+        """The threshold as the closing table shows it."""
+        return f"mean {self.threshold:.3g}" if self.scope == "per_layer" else self.threshold
 
     @property
     def label(self) -> str:
@@ -44,6 +51,8 @@ class Result:
     settings: list[SettingResult] = field(default_factory=list)
     predictor: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    """What thresholds cost and bring on the evaluation files, beside what the calibration files promised."""
     benchmarks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By the label of a setting: task, metric, value, stderr, n, num_fewshot, headline, partial, note."""
     places: dict[str, str] = field(default_factory=dict)
@@ -52,7 +61,12 @@ class Result:
     @property
     def lines(self) -> list[str]:
         """The lines below the table."""
-        lines = []
+        lines = [
+            f"thresholds  {row['setting']}: perplexity {row['perplexity_increase_pct']:+.2f} % on evaluation files "
+            f"({row['promised_increase_pct']:+.2f} % on calibration files), sparsity "
+            f"{100 * row['sparsity_gain']:+.2f} points ({100 * row['promised_sparsity_gain']:+.2f})"
+            for row in self.held_out
+        ]
         if self.predictor:
             p = self.predictor
             lines.append(
@@ -76,16 +90,16 @@ class Result:
 def of_run(run: Run) -> Result:
     """The result of a run from the artifacts it made or found."""
     result = Result(run.run_id, run.recipe.name)
-    threshold: float | None = None
+    calibrated: Mapping[str, Any] = {}
     for _, artifact, outcome in run.history:
         result.steps[outcome] = result.steps.get(outcome, 0) + 1
         if artifact is None or artifact.folder is None:
             continue
         meta = artifact.meta()
         if artifact.step == "calibrate":
-            threshold = meta["threshold"]
+            calibrated = meta
         elif artifact.step == "evaluate":
-            result.settings.append(_setting(artifact, meta, threshold, run.recipe.seed))
+            result.settings.append(_setting(artifact, meta, calibrated, run.recipe.seed))
             result.corpora = list(meta["perplexity"])
             if meta.get("benchmarks"):
                 result.benchmarks[result.settings[-1].label] = meta["benchmarks"]
@@ -98,19 +112,33 @@ def of_run(run: Run) -> Result:
         elif artifact.step == "report":
             result.places["report"] = str(artifact.path / "report.html")
     result.places["ledger"] = str(run.home / "ledger.duckdb")
+    if calibrated:
+        result.held_out = _held_out(run)
     return result
 
 
-def _setting(artifact: Artifact, meta: Mapping[str, Any], threshold: float | None, seed: int) -> SettingResult:
+def _held_out(run: Run) -> list[dict[str, Any]]:
+    literal = "'" + run.run_id.replace("'", "''") + "'"
+    return run.ledger.query(
+        "SELECT setting, variant, scope, threshold, cett, perplexity_increase_pct, promised_increase_pct, "
+        f"sparsity_gain, promised_sparsity_gain FROM threshold_held_out WHERE run_id = {literal} AND corpus = 'mixed' "
+        "AND perplexity_increase_pct + promised_increase_pct + sparsity_gain + promised_sparsity_gain IS NOT NULL "
+        "ORDER BY setting, variant"
+    ).records()
+
+
+def _setting(artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[str, Any], seed: int) -> SettingResult:
     variant = read_record(artifact.path)["payload"]["config"]["variant"]
     facts = (json.loads(line) for line in (artifact.path / FACTS).read_text(encoding="utf-8").splitlines())
     training = next(fact for fact in facts if fact["table"] == "variants")
+    thresholds = calibrated if variant["activation"] == "fatrelu" else {}
     return SettingResult(
         setting=variant["setting"],
         perplexity=meta["perplexity"],
         sparsity=meta["sparsity"],
         accuracy=next(iter(meta.get("accuracy", {}).values()), None),
-        threshold=threshold if variant["activation"] == "fatrelu" else None,
+        threshold=thresholds.get("mean_threshold"),
+        scope=thresholds.get("scope"),
         l1=training["l1"],
         seed=None if training["seed"] in (None, seed) else training["seed"],
     )
