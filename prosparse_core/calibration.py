@@ -13,7 +13,7 @@ from prosparse_core.errors import BadInput
 from prosparse_core.perplexity import Measured
 
 MIXED = "mixed"
-CETTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CETTS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 """Shares of output norm that are tried; the walk ends long before the last unless the budget is a large one."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -148,14 +149,22 @@ def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], nu
     write_json(work.folder / THRESHOLDS, result)
     work.meta.update({k: v for k, v in result.items() if k != "per_layer"})
     if rule == "cett" and curve.best.mixed.sparsity < grid.best.mixed.sparsity:
-        remark = (
-            f"one threshold per layer reaches {100 * curve.best.mixed.sparsity:.2f} % sparsity within the budget of "
-            f"+{curve.max_ppl_increase_pct:g} %, one for all layers ({grid.chosen:g}) "
-            f"{100 * grid.best.mixed.sparsity:.2f} %: for this model an equal loss in every layer is not the cheapest; "
-            "calibrate.rule=grid would take the latter"
-        )
-        work.progress.note(remark)
-        work.meta["remark"] = remark
+        work.meta["remark"] = _why_not(curve, grid)
+        work.progress.note(work.meta["remark"])
+
+
+def _why_not(curve: Curve, grid: Curve) -> str:
+    """What to say when one threshold for all layers does better than one for each."""
+    per_layer = curve.best.per_layer or ()
+    median, largest = statistics.median(per_layer), sorted(range(len(per_layer)), key=lambda i: -per_layer[i])[:2]
+    named = " and ".join(f"layer {i} ({per_layer[i]:.3g})" for i in largest)
+    return (
+        f"one threshold per layer reaches {100 * curve.best.mixed.sparsity:.2f} % sparsity within the budget of "
+        f"+{curve.max_ppl_increase_pct:g} %, one for all layers ({grid.chosen:.3g}) "
+        f"{100 * grid.best.mixed.sparsity:.2f} %: here an equal share of a layer's output does not cost the same "
+        f"everywhere; it gives {named} the largest thresholds, the median being {median:.3g}; "
+        "calibrate.rule=grid takes the one for all layers"
+    )
 
 
 def _outcome(curve: Curve) -> dict[str, float]:

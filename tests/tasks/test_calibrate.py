@@ -91,7 +91,7 @@ def _remark(meta: dict[str, Any]) -> dict[str, Any]:
     """Whether the grid was better depends on the random model; that it is said does not."""
     if meta["sparsity"] >= meta["global"]["sparsity"]:
         return {}
-    assert "calibrate.rule=grid would take the latter" in meta["remark"]
+    assert "calibrate.rule=grid takes the one for all layers" in meta["remark"]
     return {"remark": meta["remark"]}
 
 
@@ -103,6 +103,7 @@ def test_less_sparsity_than_the_grid_is_said_aloud(base: Any, monkeypatch: pytes
     assert meta["rule"] == "cett", "what was asked for is kept"
     assert meta["sparsity"] < meta["global"]["sparsity"]
     assert meta["remark"] in seen.notes
+    assert "gives layer 0 (" in meta["remark"]
 
 
 def test_what_the_thresholds_became_on_the_evaluation_files(base: Any) -> None:
