@@ -15,15 +15,17 @@ from typing import Any
 
 COURSE = 0.55
 """Share of the stage's steps after which the course has reached the target."""
-START_SHARE = 0.003
+START_SHARE = 0.0003
 """The first factor makes lambda * L1 this share of the next-token loss."""
-PROPORTIONAL = 40.0
-"""Change of log lambda per unit of sparsity: a point behind the course raises lambda by half at once."""
+PROPORTIONAL = 60.0
+"""Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by 80 %."""
 INTEGRAL = 700.0
 """The same per stage: a point behind during a whole stage would raise log lambda by 7."""
 SMOOTHING = 60
 """The measured sparsity is smoothed over this fraction of the stage (at least 4 steps)."""
-LARGEST_STEP = math.log(1.25)
+LARGEST_RISE, LARGEST_FALL = math.log(1.25), math.log(3.0)
+"""Change of log lambda in one step at the most. What died under too large a factor comes back slowly: falling is free."""
+SMALLEST_SHARE = 1e-3
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Steering:
     """Sparsity at the beginning of the stage."""
     smoothed: float = 0.0
     error: float = 0.0
+    largest: float = 0.0
+    """The largest factor so far: lambda stays above a small share of it, so that it finds back from a fall."""
 
     def course(self, step: int) -> float:
         """Where sparsity should be after ``step`` steps."""
@@ -60,7 +64,9 @@ class Steering:
         self.smoothed += (sparsity - self.smoothed) / min(window, self.steps_done)
         error = self.course(self.steps_done) - self.smoothed
         move = PROPORTIONAL * (error - self.error) + INTEGRAL / self.num_steps * error
-        self.l1_lambda *= math.exp(max(-LARGEST_STEP, min(LARGEST_STEP, move)))
+        self.l1_lambda *= math.exp(max(-LARGEST_FALL, min(LARGEST_RISE, move)))
+        self.largest = max(self.largest, self.l1_lambda)
+        self.l1_lambda = max(self.l1_lambda, SMALLEST_SHARE * self.largest)
         self.error = error
 
     def state(self) -> dict[str, Any]:
