@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prosparse_core.report.courses import course_order
 from prosparse_core.report.data import Record, ReportData
 from prosparse_core.report.format import NA, count, duration, is_number, when
 from prosparse_core.report.grid import Cell, Column, Grid
-from prosparse_core.report.names import name_of, seeds
+from prosparse_core.report.names import factor, name_of, seeds
 from prosparse_core.report.tables_run import VERSIONS
 
 
@@ -19,7 +20,7 @@ def conditions(runs: Sequence[ReportData]) -> Grid:
     lines = [
         ("Recipe", lambda d: str(d.run["recipe"])),
         ("Model", lambda d: str(d.run["model"])),
-        ("Kind", lambda d: "comparison of settings" if d.is_comparison else str(d.run["flow"])),
+        ("Kind", lambda d: "comparison of settings" if d.is_comparison else f"flow {d.run['flow']}"),
         ("Started", lambda d: when(d.run["started_at"])),
         ("Outcome", lambda d: f"{d.run['status']}, {_time(d)}"),
         ("Training tokens per setting", lambda d: _tokens(d) or NA),
@@ -41,14 +42,15 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said = [f"Everything ran on {len(machines)} machine{'' if len(machines) == 1 else 's'}."] if machines else []
     tokens = _tokens(data)
     said += [f"Training tokens per setting: {tokens}; what holds so early need not hold later."] if tokens else []
-    rows = data["comparison"]
+    rows = sorted(data["comparison"], key=lambda r: (*course_order(r, None), r["variants"]))
     trained = [r for r in rows if r["tokens_seen"]]
-    single = list(dict.fromkeys(name_of(r["setting"]) for r in trained if r["num_seeds"] < 2))
-    several = list(dict.fromkeys(name_of(r["setting"]) for r in trained if r["num_seeds"] > 1))
+    single = [_named(r) for r in trained if r["num_seeds"] < 2]
+    several = [_named(r) for r in trained if r["num_seeds"] > 1]
     if single:
         said.append(f"One seed, so no spread over seeds: {', '.join(single)}.")
     if several:
-        said.append(f"More than one seed: {', '.join(several)}; their standard deviations rest on that few runs.")
+        most = max(r["num_seeds"] for r in trained)
+        said.append(f"Up to {most} seeds: {', '.join(several)}; a standard deviation over so few is itself uncertain.")
     said.append(
         "Standard errors of the evaluation tell how far other text would move a number. All settings read the same "
         "text, so they are wider than what separates two settings; the spread over seeds tells what training repeats."
@@ -66,6 +68,10 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     if any(r["paper_model"] and r["gap"] is None for r in data["paper"]):
         said.append(f"The paper does not treat {data.run['model']}: its numbers stand beside ours as a scale only.")
     return said
+
+
+def _named(row: Record) -> str:
+    return f"{name_of(row['setting'])} {factor(row['l1'])}" if row["setting"] == "fixed_l1" else name_of(row["setting"])
 
 
 def _places(data: ReportData) -> list[Record]:

@@ -32,6 +32,11 @@ FROM lineage l JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDE
     "leaderboard": "SELECT * FROM leaderboard WHERE run_id = {run} ORDER BY setting, l1, seed, variant",
     "comparison": "SELECT * FROM comparison WHERE run_id = {run} ORDER BY setting, l1, variants",
     "matched": "SELECT * FROM matched_sparsity WHERE run_id = {run} ORDER BY setting, variant",
+    "printed": """
+SELECT s.model, s.setting, s.condition, s.value AS sparsity_pct, a.value AS average_pct, s.source
+FROM published s JOIN published a USING (model, setting, condition, source)
+WHERE s.metric = 'sparsity_pct' AND a.metric = 'average_pct' AND s.source LIKE '%Table 5'
+ORDER BY s.model DESC, sparsity_pct, s.setting""",
     "paper": """
 SELECT setting, l1, seed, variant, metric, ours, paper, gap, paper_model, source
 FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, seed, metric, variant""",

@@ -30,6 +30,7 @@ PAGE, FIGURES = "results.md", "results"
 _OWN = re.compile(r"(comparison|courses|course(-\d+)?|thresholds)\.svg")
 """What an earlier page may have left; other files in the folder are not ours."""
 _PADDING = 16
+_RUNS = 'prosparse query "SELECT run_id, flow, recipe, status FROM runs"'
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 
 
@@ -47,15 +48,19 @@ def write_results(ledger: Ledger, run_ids: Sequence[str], folder: Path) -> list[
         BadInput: no such run, no comparison among them, or more than one.
         EnvironmentProblem: ``folder`` cannot be written.
     """
-    found = [collect(ledger, run_id) for run_id in run_ids or [_newest_comparison(ledger)]]
-    compared = [data for data in found if data.is_comparison]
-    if len(compared) != 1:
-        what = f"{len(compared)} of the {len(found)} runs given are comparisons"
+    ids = list(run_ids) or [_newest_comparison(ledger)]
+    flows = dict(ledger.query("SELECT run_id, flow FROM runs").rows)
+    unknown = [run_id for run_id in ids if run_id not in flows]
+    if unknown:
+        raise BadInput(f"no run {unknown[0]!r} in {ledger.path}", hint=_RUNS)
+    num_comparisons = sum(flows[run_id] == "compare" for run_id in ids)
+    if num_comparisons != 1:
         raise BadInput(
-            f"{what}: the results page is about one",
-            hint="prosparse query \"SELECT run_id, recipe, status FROM runs WHERE flow = 'compare'\"",
+            f"{num_comparisons} of the {len(ids)} runs given are comparisons: the results page is about one",
+            hint=_RUNS,
         )
-    text, figures = page(compared[0], [data for data in found if not data.is_comparison])
+    found = sorted((collect(ledger, run_id) for run_id in ids), key=lambda data: not data.is_comparison)
+    text, figures = page(found[0], found[1:])
     return _replace(folder, text, figures)
 
 
@@ -93,6 +98,8 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         _table(tables_compare.comparison(data)),
         "## Progressive against fixed factors",
         _table(tables_compare.matched(data)),
+        "The paper's own numbers on this, accuracies instead of perplexities, each from one training run:",
+        _table(tables_compare.printed(data)),
         "## Training",
         figure(courses(data), "courses"),
     ]
@@ -129,9 +136,15 @@ def commands(runs: Sequence[ReportData]) -> list[str]:
         lines.append(shlex.join(["prosparse", verb, str(data.run["recipe"]), *changes]))
     ids = [str(data.run["run_id"]) for data in runs]
     lines.append(shlex.join(["prosparse", "report", *ids, "--markdown", "docs"]))
-    literal = "'" + ids[0].replace("'", "''") + "'"
     views = ("comparison", "matched_sparsity", "leaderboard", "paper_gap")
-    return lines + [shlex.join(["prosparse", "query", f"FROM {view} WHERE run_id = {literal}"]) for view in views]
+    return lines + [_query(f"FROM {view} WHERE run_id = ", ids[0]) for view in views]
+
+
+def _query(sql: str, run_id: str) -> str:
+    if re.fullmatch(r"[\w.-]+", run_id):
+        return f"prosparse query \"{sql}'{run_id}'\""  # reads better than what shlex makes of quotes within quotes
+    literal = "'" + run_id.replace("'", "''") + "'"
+    return shlex.join(["prosparse", "query", sql + literal])
 
 
 def standalone(svg: str) -> str:

@@ -200,3 +200,14 @@ def paper(data: ReportData) -> Grid | None:
         line = [Cell(name_of(row["setting"]), factor), Cell(name), Cell(f"{row['ours']:.2f}{unit}")]
         grid.rows.append([*line, Cell(f"{row['paper']:.2f}{unit}"), gap, Cell(row["source"])])
     return grid
+
+
+def printed(data: ReportData) -> Grid:
+    """The paper's ablation of the fixed factor, beside its progressive rows."""
+    columns = [Column("Model", is_number=False), Column("Setting", is_number=False), Column("Sparsity")]
+    grid = Grid("The paper's ablation", [*columns, Column("Average accuracy"), Column("Source", is_number=False)])
+    for row in data["printed"]:
+        line = [Cell(row["model"]), Cell(name_of(row["setting"]), row["condition"])]
+        line += [Cell(f"{row['sparsity_pct']:.2f}{SPACE}%"), Cell(f"{row['average_pct']:.2f}{SPACE}%")]
+        grid.rows.append([*line, Cell(row["source"])])
+    return grid
