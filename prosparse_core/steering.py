@@ -24,7 +24,7 @@ INTEGRAL = 700.0
 SMOOTHING = 60
 """The measured sparsity is smoothed over this fraction of the stage (at least 4 steps)."""
 LARGEST_RISE, LARGEST_FALL = math.log(1.25), math.log(3.0)
-"""Change of log lambda in one step at the most. What died under too large a factor comes back slowly: falling is free."""
+"""Change of log lambda in one step at most: what died under too large a factor comes back slowly, so it falls fast."""
 SMALLEST_SHARE = 1e-3
 
 
