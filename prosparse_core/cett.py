@@ -5,9 +5,9 @@ CETT (arXiv 2411.02335, eq. 3) of the neurons D that a threshold t on the gate r
 original acts on |x1| times the norm of a column of W_down, which needs gate and up; a threshold on the gate alone lets
 both up and down be skipped.
 
-An equal share of an FFN's output does not cost equally. Measured on SmolLM2-135M after ProSparse training: the first and
-the last FFN make nearly all of the residual stream behind them, the others 7 to 19 % of it, so the same CETT hurts most
-there. As shares of the residual stream, equal losses ask for almost the same t in every layer (0.05 to 0.18 around
+An equal share of an FFN's output does not cost equally. Measured on SmolLM2-135M after ProSparse training: the first
+and the last FFN make nearly all of the residual stream behind them, the others 7 to 19 % of it, so the same CETT hurts
+most there. As shares of the residual stream, equal losses ask for almost the same t in every layer (0.05 to 0.18 around
 0.11): one lambda for all layers has already made a unit of activation worth about as much in each. One threshold for
 all layers is then hard to beat, so calibration measures both.
 """

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flows.summary import of_run
 from prosparse_core.calibration import MIXED
 from prosparse_core.errors import BadInput
 from prosparse_core.store import Artifact
@@ -130,6 +131,12 @@ def test_what_the_thresholds_became_on_the_evaluation_files(base: Any) -> None:
     found = content(thresholds)
     assert mixed["promised_increase_pct"] == pytest.approx(found["ppl_increase_pct"])
     assert mixed["promised_sparsity_gain"] == pytest.approx(found["sparsity_gain"])
+
+    result = of_run(run)
+    assert [s.threshold_text for s in result.settings] == [None, f"mean {found['mean_threshold']:.3g}"]
+    assert [r["perplexity_increase_pct"] for r in result.held_out] == [mixed["perplexity_increase_pct"]]
+    cost = f"{mixed['perplexity_increase_pct']:+.2f} % on evaluation files ({found['ppl_increase_pct']:+.2f} %"
+    assert result.lines[0].startswith(f"thresholds  prosparse: perplexity {cost} on calibration files), sparsity ")
 
 
 @pytest.mark.parametrize("activation", ["original", "shifted_relu", "drelu", "fatrelu"])
