@@ -24,8 +24,15 @@ EXAMPLES: list[tuple[str, str]] = [
     ),
     (
         "What does each threshold cost, and which was chosen?",
-        "SELECT setting, threshold, sparsity, perplexity, round(perplexity_increase_pct, 2) AS increase_pct, chosen "
-        "FROM threshold_tradeoff WHERE corpus = 'mixed' ORDER BY run_id, setting, threshold",
+        "SELECT setting, rule, threshold, sparsity, perplexity, round(perplexity_increase_pct, 2) AS rise_pct, chosen "
+        "FROM threshold_tradeoff WHERE corpus = 'mixed' ORDER BY run_id, setting, rule, threshold",
+    ),
+    (
+        "What did the thresholds become on text that calibration has not seen?",
+        "SELECT setting, scope, corpus, round(perplexity_increase_pct, 2) AS increase_pct, "
+        "round(promised_increase_pct, 2) AS promised_pct, round(100 * sparsity_gain, 2) AS gain_pct, "
+        "round(100 * promised_sparsity_gain, 2) AS promised_gain_pct FROM threshold_held_out "
+        "ORDER BY run_id, setting, corpus",
     ),
     (
         "The training curve, with lambda beside the loss",
