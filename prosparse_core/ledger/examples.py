@@ -7,6 +7,17 @@ EXAMPLES: list[tuple[str, str]] = [
         "round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard ORDER BY model, sparsity",
     ),
     (
+        "How do the settings compare over seeds?",
+        "SELECT run_id, setting, l1, num_seeds, round(perplexity, 3) AS perplexity, round(perplexity_sd, 3) AS sd, "
+        "round(perplexity_stderr, 3) AS stderr, round(100 * sparsity, 2) AS sparsity_pct FROM comparison "
+        "ORDER BY run_id, sparsity",
+    ),
+    (
+        "Do progressive factors cost less than a fixed one at the same sparsity?",
+        "SELECT run_id, setting, sparsity, perplexity, fixed_perplexity, round(difference_pct, 2) AS difference_pct, "
+        "round(difference_stderr_pct, 2) AS stderr_pct, error_source, reason FROM matched_sparsity ORDER BY ALL",
+    ),
+    (
         "Everything measured in the newest finished run",
         "SELECT setting, kind, name, corpus_or_task, value, unit, conditions FROM results "
         "WHERE run_id = (SELECT max_by(run_id, started_at) FROM runs WHERE status = 'done') "

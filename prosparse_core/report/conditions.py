@@ -59,6 +59,11 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
         "Fixed factors were measured at a few values; between two of them the logarithm of perplexity is taken as "
         "linear in sparsity, and beyond them nothing is claimed."
     )
+    section = data.recipe.get("compare")
+    imported = section.get("imported") if isinstance(section, dict) else None
+    if imported:
+        names = ", ".join(name_of(str(i.get("setting"))) for i in imported if isinstance(i, dict))
+        said.append(f"{names} saw other training text, and perplexity per token compares only equal tokenizers.")
     if any(r["partial"] for r in rows):
         said.append("Some benchmarks were cut short by a limit on documents.")
     missing = list(dict.fromkeys(note for r in data["leaderboard"] for note in r["not_measured"] or []))

@@ -31,9 +31,9 @@ def tradeoff(data: ReportData) -> Plot:
         corpora.append(MIXED)
     shown = [r for r in usable if r["rule"] == used]
     beside = [r for r in usable if r["rule"] != used and r["corpus"] == corpora[-1]]
-    budget = _budget(data)
+    budget = budget_of(data)
     chosen = next((r for r in shown if r["chosen"] and r["corpus"] == corpora[-1]), None)
-    rival = _best_within(beside, budget)
+    rival = best_within(beside, budget)
 
     def paint(width: int) -> Sheet:
         legend_rows = math.ceil((len(corpora) + bool(beside)) / (1 if width < 600 else 3 if beside else 4))
@@ -106,7 +106,7 @@ def _described(row: Record) -> str:
     )
 
 
-def _best_within(rows: list[Record], budget: float | None) -> Record | None:
+def best_within(rows: list[Record], budget: float | None) -> Record | None:
     """The last point of a curve before the first that breaks the budget: what its rule would have chosen."""
     best = None
     for row in sorted(rows, key=lambda r: r["threshold"]):
@@ -134,7 +134,7 @@ def _remarks(data: ReportData, variant: str) -> list[str]:
     return remarks + [f"{str(m['remark'])[:1].upper()}{str(m['remark'])[1:]}." for m in metas[:1] if m.get("remark")]
 
 
-def _budget(data: ReportData) -> float | None:
+def budget_of(data: ReportData) -> float | None:
     """The rise of perplexity that was allowed, in per cent: as calibration noted it, else as the recipe has it."""
     metas = [s["meta"] for s in data.steps_of("calibrate") if isinstance(s["meta"], dict)]
     section = data.recipe.get("calibrate")

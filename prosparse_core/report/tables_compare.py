@@ -9,8 +9,7 @@ from prosparse_core.report.data import MIXED, Record, ReportData
 from prosparse_core.report.format import MINUS, SPACE, count, is_number, number, pct, plain, ratio, spread
 from prosparse_core.report.grid import NOT_APPLICABLE, Cell, Column, Grid
 from prosparse_core.report.names import name_of, seeds
-from prosparse_core.report.plot_tradeoff import _best_within as best_within
-from prosparse_core.report.plot_tradeoff import _budget as budget
+from prosparse_core.report.plot_tradeoff import best_within, budget_of
 
 CLAIM = "prosparse_star"
 """The setting the paper's claim is about: progressive factors, before threshold shifting."""
@@ -151,7 +150,7 @@ def rules(data: ReportData) -> Grid | None:
     for rule, scope in sorted({(r["rule"], r["scope"]) for r in rows}, key=lambda rs: (rs[1] != "global", rs[0])):
         curve = [r for r in rows if (r["rule"], r["scope"]) == (rule, scope)]
         taken = next((r for r in curve if r["chosen"]), None)
-        row = taken or best_within(curve, budget(data))
+        row = taken or best_within(curve, budget_of(data))
         name = Cell("one for all layers" if scope == "global" else "one per layer", rule)
         if row is None:
             grid.rows.append([name, *[grid.missing("no threshold of this rule stays within the budget")] * 7])

@@ -48,6 +48,8 @@ def edited(path: Path, change: Any) -> str:
         (["validate", "tiny", "--set", "model.source=./no.gguf", "--set", "model.config={}"], "cannot read no.gguf"),
         (["query", "FROM results"], "ledger"),
         (["report"], "ledger"),
+        (["report", "--markdown"], "ledger"),
+        (["report", "one", "another"], "a report is about one run"),
         (["export"], "ledger"),
     ],
 )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_runs import ROWS, Row, write_comparison
+from compare_runs import ROWS, Row, write_comparison, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import write_story
-from test_report import EVIL, Page
+from test_report import Page
 
+from prosparse_core.ledger import Ledger
 from prosparse_core.report import collect
 from prosparse_core.report.courses import courses, grouped, main_path
 from prosparse_core.report.data import ReportData
@@ -53,13 +53,12 @@ def test_the_page_of_a_comparison_stands_alone(data: ReportData) -> None:
     assert not {"Activation predictor", "Speed"} & {title for _, title in headings}, "a comparison has no such steps"
 
 
-def test_a_run_of_the_main_path_has_no_comparison(tmp_path: Path) -> None:
-    ledger, story = write_story(tmp_path, until="stage0")
-    found = collect(ledger, story.run_id)
+def test_a_run_of_the_main_path_has_no_comparison(data: ReportData) -> None:
+    found = dataclasses.replace(data, run={**data.run, "flow": "prosparse"})
     assert not found.is_comparison
     assert [key for key, _ in summary(found)] == ["results"]
     assert not {"comparison", "courses"} & {plot.name for plot in plots(found)}
-    assert "Comparison" not in render(found)
+    assert "</span> Comparison<" not in render(found)
 
 
 def test_rows_of_one_setting_are_told_apart(data: ReportData) -> None:
@@ -239,8 +238,9 @@ def test_the_interval_widens_with_few_seeds() -> None:
 
 def test_a_matched_row_that_needs_extrapolation_is_not_a_number(tmp_path: Path) -> None:
     rows = [Row("vanilla_relu", (5.0, 5.0), 0.6, 0.0), Row("fixed_l1", (6.0, 6.0), 0.7, 0.3)]
-    ledger, told = write_comparison(tmp_path, rows=(*rows, Row("prosparse_star", (6.0, 6.0), 0.8, 1.0)))
-    found = collect(ledger, told.run_id)
+    ledger = Ledger(tmp_path)
+    write_rows(ledger, "r", *rows, Row("prosparse_star", (6.0, 6.0), 0.8, 1.0))
+    found = collect(ledger, "r")
     grid = matched(found)
     assert [cell.text for cell in grid.rows[0][3:]] == ["n/a"] * 4
     assert grid.notes == [
@@ -276,8 +276,9 @@ def test_beside_the_paper_each_number_names_its_table(data: ReportData) -> None:
 
 def test_a_benchmark_that_could_not_be_run_says_why(tmp_path: Path) -> None:
     rows = (dataclasses.replace(ROWS[1], accuracy=None, stderr=None),)
-    ledger, told = write_comparison(tmp_path, rows=rows, settings=("vanilla_relu",), description=EVIL)
-    grid = comparison(collect(ledger, told.run_id))
+    ledger = Ledger(tmp_path)
+    write_rows(ledger, "r", *rows)
+    grid = comparison(collect(ledger, "r"))
     [row] = grid.rows
     reasons = [grid.notes[cell.note - 1] for cell in row if cell.note]
     assert reasons == [

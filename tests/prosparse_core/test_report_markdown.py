@@ -16,11 +16,13 @@ from report_runs import write_story
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.ledger import Ledger
 from prosparse_core.report import collect, write_results
+from prosparse_core.report.data import ReportData
 from prosparse_core.report.format import SPACE
 from prosparse_core.report.markdown import _replace, commands, page, standalone
 from prosparse_core.report.tables_compare import verdict
 
 LONG = "20260103T120000-example-long-0003"
+COMPARED = Comparison.run_id
 FIGURES = ["comparison.svg", "course.svg", "courses.svg", "thresholds.svg"]
 
 
@@ -41,7 +43,12 @@ def written(told: tuple[Ledger, Comparison], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def test_the_page_has_everything(told: tuple[Ledger, Comparison], written: Path) -> None:
+@pytest.fixture(scope="module")
+def data(told: tuple[Ledger, Comparison]) -> ReportData:
+    return collect(told[0], told[1].run_id)
+
+
+def test_the_page_has_everything(data: ReportData, written: Path) -> None:
     text = (written / "results.md").read_text(encoding="utf-8")
     assert re.findall("^#+ .*", text, flags=re.MULTILINE) == [
         "# Results: example-model",
@@ -57,7 +64,6 @@ def test_the_page_has_everything(told: tuple[Ledger, Comparison], written: Path)
         "## Limits",
         "## How to reproduce this",
     ]
-    data = collect(told[0], told[1].run_id)
     assert verdict(data).replace("*", "\\*").replace(SPACE, " ") in text
     assert "Training tokens per setting: 4,096; what holds so early need not hold later." in text
     assert "One seed, so no spread over seeds: Vanilla ReLU, Fixed L1 λ 0.8, Closed loop." in text
@@ -89,19 +95,22 @@ def test_tables_are_tables(written: Path) -> None:
 
 
 def test_the_same_ledger_gives_the_same_bytes_and_what_is_stale_goes(
-    told: tuple[Ledger, Comparison], written: Path, tmp_path: Path
+    told: tuple[Ledger, Comparison], data: ReportData, written: Path, tmp_path: Path
 ) -> None:
-    again = write_results(told[0], [LONG, told[1].run_id], tmp_path)
-    for path in again:
-        assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["results", "results.md"], "nothing else is left behind"
-    (tmp_path / "results" / "mine.svg").write_text("mine")
+    (tmp_path / "results").mkdir()
+    for name in ("mine.svg", "course.svg", "course-2.svg"):
+        (tmp_path / "results" / name).write_text("old")
     paths = write_results(told[0], [], tmp_path)
     assert [p.name for p in paths] == ["results.md", "comparison.svg", "courses.svg", "thresholds.svg"]
+    for path in paths[1:]:
+        assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["results", "results.md"], "nothing else is left behind"
     assert sorted(os.listdir(tmp_path / "results")) == ["comparison.svg", "courses.svg", "mine.svg", "thresholds.svg"]
+    assert page(data)[0] == paths[0].read_text(encoding="utf-8")
     assert "The run of" not in paths[0].read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_what_is_written_stays_text_and_commands_words(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script> | **bold** [a](b)\n\n# heading"
     overrides = ["x=```", "data.sources.0.name=a b; rm -rf `x`"]
@@ -125,6 +134,7 @@ def test_what_is_written_stays_text_and_commands_words(tmp_path: Path) -> None:
         assert len(ledger.query(sql)) > 0
 
 
+@pytest.mark.slow
 def test_a_comparison_without_thresholds_or_training_says_so(tmp_path: Path) -> None:
     rows = tuple(r for r in Comparison().rows if r.setting == "original")
     ledger, told = write_comparison(tmp_path, rows=rows, with_thresholds=False)
@@ -165,10 +175,10 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_page(tmp_path: Path) -> N
     assert (tmp_path / "results.md").read_text() == "old"
 
 
-def test_the_commands_of_a_page_read_well(told: tuple[Ledger, Comparison]) -> None:
-    lines = commands([collect(told[0], told[1].run_id)])
+def test_the_commands_of_a_page_read_well(data: ReportData) -> None:
+    lines = commands([data])
     assert lines[0] == "prosparse compare example-compare --set 'compare.fixed_l1=[0.3, 0.8]'"
-    assert lines[2] == f"prosparse query \"FROM comparison WHERE run_id = '{told[1].run_id}'\""
+    assert lines[2] == f"prosparse query \"FROM comparison WHERE run_id = '{data.run['run_id']}'\""
 
 
 def test_a_figure_of_its_own_has_paper_and_margins() -> None:

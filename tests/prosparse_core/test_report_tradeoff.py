@@ -10,7 +10,7 @@ from report_runs import Scribe, write_story
 
 from prosparse_core.report.data import ReportData, collect
 from prosparse_core.report.plot import Plot
-from prosparse_core.report.plot_tradeoff import _best_within, tradeoff
+from prosparse_core.report.plot_tradeoff import best_within, tradeoff
 from prosparse_core.report.tables import results
 
 STAGES = [{"until_step": 1, "l1": 0.0}]
@@ -108,8 +108,8 @@ def test_what_a_rule_would_have_chosen() -> None:
     rows: list[dict[str, Any]] = [
         {"threshold": t, "perplexity_increase_pct": p} for t, p in ((0.3, 0.2), (0.0, 0.0), (0.1, 0.9), (0.2, 1.1))
     ]
-    best = _best_within(rows, 1.0)
+    best = best_within(rows, 1.0)
     assert best is not None
     assert best["threshold"] == 0.1, "a dip after the budget was broken is not taken"
-    assert _best_within(rows, None) is None
-    assert _best_within([{"threshold": 0.0, "perplexity_increase_pct": None}], 1.0) is None
+    assert best_within(rows, None) is None
+    assert best_within([{"threshold": 0.0, "perplexity_increase_pct": None}], 1.0) is None
