@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from prosparse_core.report.data import MIXED, SETTINGS, Record, ReportData
 from prosparse_core.report.format import is_number, pct, ratio
 from prosparse_core.report.plot import Plot
-from prosparse_core.report.plot_layers import layer_axis, one_each
+from prosparse_core.report.plot_layers import SHOWN, layer_axis, one_each
 from prosparse_core.report.sheet import INK, MARKERS, MUTED, SERIES, SMALL, Box, Sheet, grid
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ ByLayer = dict[int, float]
 
 
 def survivors(data: ReportData) -> Plot:
-    """Survivors' mean |x1| over the original's, for every setting; token and chunk sparsity of the last one."""
+    """Survivors' mean |x1| over the original's, for every setting; token and chunk sparsity of one."""
     drawn = _drawn(data)
     rows = [r for r in data["layers"] if (r["setting"], r["variant"]) in drawn]
     num_layers = 1 + max((r["layer"] for r in rows), default=0)
     sizes = {s: by_layer(rows, s, "survivor_ratio") for s, _ in drawn}
     sizes = {s: found for s, found in sizes.items() if found}
-    chunked = next((s for s, _ in reversed(drawn) if by_layer(rows, s, "chunk_sparsity")), None)
+    chunked = next((s for s in _preferred(drawn) if by_layer(rows, s, "chunk_sparsity")), None)
     zeros = {
         "in one token": by_layer(rows, chunked, "sparsity") if chunked else {},
         "in all of 8 consecutive tokens": by_layer(rows, chunked, "chunk_sparsity") if chunked else {},
@@ -35,8 +35,9 @@ def survivors(data: ReportData) -> Plot:
         tall, left, narrow = 210, 40, width < 600
         most = 6 if narrow else 15
         lines = -(-len(sizes) // (2 if narrow else 3))
-        second_top = 56 + 18 * lines + tall + 66 if sizes else 56
-        sheet = Sheet(width, (second_top + tall + 60 if chunked else second_top) if sizes else tall + 110)
+        above = 62 if narrow else 44  # what the second chart's title and legend take
+        second_top = above + 12 + (40 + 18 * lines + tall + 44 if sizes else 0)
+        sheet = Sheet(width, second_top + tall + 50 if chunked else 40 + 18 * lines + tall + 50)
         if sizes:
             box = Box(left, 40 + 18 * lines, width - left - 8, tall)
             ax = sheet.axes(*box)
@@ -47,11 +48,11 @@ def survivors(data: ReportData) -> Plot:
             _legend(ax, sheet, 24, 2 if narrow else 3)
         if chunked:
             ax = sheet.axes(left, second_top, width - left - 8, tall)
-            sheet.title(0, second_top - 44, f"Zeros of {_name(chunked)} (%)")
+            sheet.title(0, second_top - above, f"Zeros of {_name(chunked)} (%)")
             _zeros(ax, zeros)
             layer_axis(ax, num_layers, most)
             ax.set_xlabel("layer")
-            _legend(ax, sheet, second_top - 32, 1 if narrow else 2)
+            _legend(ax, sheet, second_top - above + 12, 1 if narrow else 2)
         return sheet
 
     aid = (
@@ -76,6 +77,11 @@ def survivors(data: ReportData) -> Plot:
 def _drawn(data: ReportData) -> list[tuple[str, str]]:
     """(setting, variant) of what is drawn: one variant a setting, never the original."""
     return [(s, v) for s, v in one_each(data).items() if s != "original"][:MOST]
+
+
+def _preferred(drawn: list[tuple[str, str]]) -> list[str]:
+    """The settings whose chunks are drawn, best first: the finished one, then the last of the others."""
+    return sorted((s for s, _ in reversed(drawn)), key=lambda s: SHOWN[::-1].index(s) if s in SHOWN else len(SHOWN))
 
 
 def by_layer(rows: list[Record], setting: str, column: str) -> ByLayer:
@@ -162,7 +168,7 @@ def _remarks(data: ReportData, drawn: list[tuple[str, str]], sizes: dict[str, By
     remarks = []
     variants = {r["variant"] for r in data["layers"] if r["setting"] != "original"}
     if len(variants) > len(drawn):
-        remarks.append(f"{len(variants) - len(drawn)} more variants are in the table below and in the ledger.")
+        remarks.append(f"{len(variants) - len(drawn)} more variants are in the table and in the ledger.")
     if drawn and not sizes:
         remarks.append("Size of the survivors: n/a, the run has no dense model, or none measured like them.")
     return remarks

@@ -35,7 +35,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
         for rank in (0, 1)
     ]
     try:
-        said = [program.communicate(timeout=120)[0] for program in programs]
+        said = [program.communicate(timeout=300)[0] for program in programs]
     finally:
         for program in programs:
             program.kill()
