@@ -116,9 +116,10 @@ class Data(Section):
 class Calibrate(Section):
     """Threshold shifting (paper, section 3.3): the FATReLU curve and the rule that picks from it."""
 
-    rule: Literal["grid", "cett"] = "grid"
+    rule: Literal["grid", "cett", "best"] = "grid"
     """grid: one threshold for all layers. cett: one per layer, all losing the same share of their output
-    (CETT-PPL-p %, arXiv 2411.02335); the grid is then measured as well, to compare with and to fall back on."""
+    (CETT-PPL-p %, arXiv 2411.02335); the grid is then measured as well, to compare with and to fall back on.
+    best: whichever of the two reaches more sparsity within the budget."""
     thresholds: list[float] = DEFAULT_THRESHOLDS
     max_ppl_increase_pct: float = Field(default=1.0, ge=0)
     refine: int = Field(default=4, ge=0, le=8)
@@ -279,6 +280,10 @@ class Recipe(Section):
         step, seq = self.train.tokens_per_step, self.data.seq_len
         if step % seq:
             raise ValueError(f"train.tokens_per_step={step} must be a multiple of data.seq_len={seq}")
+        if self.data.calibration_tokens < seq:
+            raise ValueError(
+                f"data.calibration_tokens={self.data.calibration_tokens} is less than one window (data.seq_len={seq})"
+            )
         micro = self.train.micro_batch
         if micro and (step // seq) % micro:
             raise ValueError(

@@ -43,7 +43,7 @@ def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
     device = resolve_device(run.recipe.runtime.device)
     precision = resolve(run.recipe.model.precision, device)
     section = run.recipe.calibrate
-    what = "thresholds" if section.rule == "cett" else "threshold"
+    what = "threshold" if section.rule == "grid" else "thresholds"
     return run.step(
         "calibrate",
         f"calibrate · {what} for at most +{section.max_ppl_increase_pct:g} % perplexity",
@@ -73,7 +73,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
     _require_windows(windows, corpora)
     model, _ = load_variant(variant, device)
     settings: dict[str, Any] = {"precision": precision, "batch_size": recipe.evaluate.batch_size}
-    total = len(section.thresholds) + section.refine + (len(CETTS) + section.refine if section.rule == "cett" else 0)
+    total = len(section.thresholds) + section.refine + (0 if section.rule == "grid" else len(CETTS) + section.refine)
     tried = 0
 
     def at(thresholds: Sequence[float]) -> dict[str, Measured]:
@@ -90,15 +90,16 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
     budget = section.max_ppl_increase_pct
     grid = calibrate(lambda t: at([t]), section.thresholds, budget, section.refine)
     curves = {"grid": grid}
-    if section.rule == "cett":
+    if section.rule != "grid":
         tried = len(section.thresholds) + section.refine
         use_thresholds(model, [0.0])
         layers = measure_cett(model, list(windows.values()), num_tokens=CETT_TOKENS, **settings)
         curves["cett"] = calibrate_cett(
             at, lambda cett: thresholds_at(layers, cett), grid.trials[0], budget, section.refine
         )
-    work.progress.update(total, total, threshold=curves[section.rule].chosen)
-    _record(work, run, variant, curves, model.config.num_hidden_layers)
+    rule = max(curves, key=lambda name: curves[name].best.mixed.sparsity) if section.rule == "best" else section.rule
+    work.progress.update(total, total, threshold=curves[rule].chosen)
+    _record(work, run, variant, curves, rule, model.config.num_hidden_layers)
 
 
 def _require_windows(windows: dict[str, Any], corpora: Artifact) -> None:
@@ -111,11 +112,10 @@ def _require_windows(windows: dict[str, Any], corpora: Artifact) -> None:
         )
 
 
-def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], num_layers: int) -> None:
+def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], rule: str, num_layers: int) -> None:
     """Write every trial of every rule as facts, the chosen thresholds as thresholds.json and, but for them, as meta."""
     from prosparse_core.calibration import MIXED
 
-    rule = run.recipe.calibrate.rule
     work.fact("variants", **variant.fact(run.recipe.model.id))
     for name, curve in curves.items():
         for trial in curve.trials:

@@ -159,3 +159,13 @@ def test_the_same_step_gives_the_same_thresholds(base: Any) -> None:
     _, _, first = made(base, "cett")
     _, _, again = made(base, "cett", force=True)
     assert again.digest == first.digest
+
+
+def test_best_is_whichever_rule_reaches_more_sparsity(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = content(made(base, "best", budget=0.06, force=True)[2])
+    by_rule = {rule: content(made(base, rule, budget=0.06, force=True)[2]) for rule in ("grid", "cett")}
+    better = max(by_rule, key=lambda rule: by_rule[rule]["sparsity"])
+    assert found["rule"] == better
+    assert found["per_layer"] == by_rule[better]["per_layer"]
+    monkeypatch.setattr("prosparse_core.cett.thresholds_at", lambda curves, cett: [cett / 1e4, 0.0, 0.0])
+    assert content(made(base, "best", budget=0.06, force=True)[2])["rule"] == "grid"
