@@ -17,7 +17,7 @@ class Section(BaseModel):
 class L1Reduction(Section):
     """How |x1| becomes one number. The paper does not say; the default is sum over layers of the mean over elements."""
 
-    tokens: Literal["mean"] = "mean"
+    tokens: Literal["mean", "sum"] = "mean"
     d_ff: Literal["mean", "sum"] = "mean"
     layers: Literal["sum", "mean"] = "sum"
 
