@@ -67,8 +67,8 @@ def comparison(data: ReportData) -> Plot:
         for setting in settings:
             _points(ax, setting, [r for r in sparse if r["setting"] == setting])
         _frame(ax, sparse, levels)
-        for name, value in levels:
-            _level(ax, name, value)
+        for i, (name, value) in enumerate(levels):
+            _level(ax, name, value, is_above=i < len(levels) - 1 or i == 0)
         _name_factors(ax, line, narrow)
         _better(ax)
         ax.set_xlabel("share of exact zeros in x1 (%): further right is sparser")
@@ -102,12 +102,13 @@ def fixed_line(rows: list[Record]) -> list[tuple[float, float, float]]:
 
 
 def _levels(rows: list[Record]) -> list[tuple[str, float]]:
-    """(name, perplexity) of the settings that are not sparse, seeds averaged."""
+    """(name, perplexity) of the settings that are not sparse, the highest first, seeds averaged."""
     found: dict[str, list[float]] = {}
     for row in rows:
         if row["sparsity"] < DENSE:
             found.setdefault(row["setting"], []).append(row["perplexity"])
-    return [(name_of(setting), sum(v) / len(v)) for setting, v in found.items()]
+    means = [(name_of(setting), sum(v) / len(v)) for setting, v in found.items()]
+    return sorted(means, key=lambda level: -level[1])
 
 
 def _points(ax: Axes, setting: str, rows: list[Record]) -> None:
@@ -152,17 +153,18 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
     return ticks
 
 
-def _level(ax: Axes, name: str, value: float) -> None:
+def _level(ax: Axes, name: str, value: float, is_above: bool) -> None:
+    """A dotted line with its name above it, or below where another level is above."""
     ax.axhline(value, color=MUTED, linewidth=1.0, linestyle=(0, (1, 2)), zorder=1)
     ax.annotate(
         f"{name}, not sparse: {number(value)}",
         (0, value),
-        (4, 3),
+        (4, 3 if is_above else -4),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         fontsize=SMALL,
         color=MUTED,
-        va="bottom",
+        va="bottom" if is_above else "top",
     )
 
 

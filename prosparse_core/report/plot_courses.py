@@ -54,9 +54,11 @@ def courses(data: ReportData) -> Plot:
             own = {key: part for key, part in by_course.items() if key[0] == setting}
             for k, (column, height) in enumerate((("sparsity", 84), ("lm_loss", 70))):
                 ax = sheet.axes(left, top + k * 92, each, height, share_x=shared[0])
-                if shared[k] is not None:
-                    ax.sharey(shared[k])
-                shared[k], shared[0] = shared[k] or ax, shared[0] or ax
+                first = shared[k]
+                if first is None:
+                    shared[k] = ax
+                else:
+                    ax.sharey(first)
                 grid(ax)
                 if setting != REFERENCE:
                     _line(ax, reference, column, GRID, 3.0, "-")
