@@ -41,6 +41,9 @@ class Benchmark:
     """What every row of its data must have."""
     runs_code: bool = False
     max_new_tokens: int | None = None
+    strips: bool = False
+    """Compare answers without the white space around them as well (``,strip``): lm-eval's own exact match does not,
+    and is 0 where a tokenizer keeps the space between "A:" and the answer."""
     further_splits: tuple[str, ...] = ()
     """Splits its examples come from which its file does not name."""
 
@@ -119,9 +122,10 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         "bbh_fewshot",
         "bbh/fewshot",
         num_fewshot=3,
-        headline="exact_match",
+        headline="exact_match,strip",
         columns=("input", "target"),
         max_new_tokens=128,
+        strips=True,
     ),
     Benchmark("agieval", "agieval", "agieval_en", "agieval", columns=("query",)),
 )

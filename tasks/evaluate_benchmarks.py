@@ -145,6 +145,10 @@ def task_settings(benchmark: Benchmark, leaf: Leaf, datasets: Datasets, runs: Co
             **given,
             "max_gen_toks": benchmark.max_new_tokens or given.get("max_gen_toks") or GENERATED_TOKENS,
         }
+    if benchmark.strips:
+        first = {"function": "take_first"}
+        stripped = {"name": "strip", "filter": [{"function": "remove_whitespace"}, first]}
+        settings["filter_list"] = [{"name": "none", "filter": [first]}, stripped]
     splits = splits_of(benchmark, leaf)
     if settings.get("test_split") and settings.get("validation_split") not in splits:
         settings.pop("validation_split", None)  # not read: the harness would look there for examples, too

@@ -141,7 +141,7 @@ def dense_config(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, An
     activation = config.get(family.config_key, config.get("hidden_act"))
     one, each = config.get("hidden_act_param"), config.get("hidden_act_params")
     num_layers = int(config["num_hidden_layers"])
-    thresholds = each if each is not None else [one] * num_layers
+    thresholds: Any = each if each is not None else [one] * num_layers
     sound = isinstance(thresholds, list) and all(
         isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in thresholds
     )
@@ -196,14 +196,15 @@ def _of_ledger(name: str, home: Path) -> Target:
             f"{name!r} was measured as {len(rows)} variants", hint="name one: " + ", ".join(r["variant"] for r in rows)
         )
     if rows:
-        row: dict[str, Any] = rows[0]
+        row: dict[str, Any] = dict(rows[0])
+        shift = row["shift"]
         thresholds = row["thresholds"] and _artifact(ledger, home, row["thresholds"])
         variant = Variant(
             row["setting"],
             _artifact(ledger, home, row["checkpoint"]),
             row["activation"],
             thresholds or None,
-            shift=None if row["shift"] is None else float(row["shift"]),
+            shift=None if shift is None else float(shift),
         )
         return Target(Model(id=row["model"], source=name), row["setting"], row["activation"], variant=variant)
     if VARIANT_ID.match(name):

@@ -109,7 +109,9 @@ def test_every_benchmark_of_the_paper_has_its_rows(tiny: tuple[Any, Any], hub: P
     missing = {task: s.note for (task, _), s in scores.items() if s.value is None}
     assert missing["bbh_fewshot_snarks"] == f"dataset SaylorTwift/bbh has no configuration snarks in {hub}"
     assert len([task for task in missing if str(task).startswith("mmlu_")]) == 56
-    assert scores["bbh_fewshot", "exact_match"].note.startswith("mean of 2 of 27 tasks: without bbh_fewshot_causal")
+    assert scores["bbh_fewshot", "exact_match,strip"].note.startswith(
+        "mean of 2 of 27 tasks: without bbh_fewshot_causal"
+    )
     assert scores["agieval_en", "acc_ppl"].value == pytest.approx(
         (scores["agieval_sat_en", "acc_ppl"].value + scores["agieval_math", "acc"].value) / 2
     )
@@ -125,6 +127,24 @@ def test_twice_the_same_examples_and_answers(tiny: tuple[Any, Any], hub: Path) -
     first = measured(tiny, hub, "gsm8k", "bbh", "mmlu")
     again = measured(tiny, hub, "gsm8k", "bbh", "mmlu", batch_size=1)
     assert [(s.task, s.metric, s.value) for s in first.scores] == [(s.task, s.metric, s.value) for s in again.scores]
+
+
+def test_the_space_before_an_answer_is_no_error(
+    tiny: tuple[Any, Any], hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The made-up tasks have one answer "True" and one "(A)" each; the harness's own exact match finds none of them."""
+    answer = tiny[1](" True", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(
+        "tasks.evaluate_scoring.decode_greedily", lambda model, prompts, *a, **k: [answer] * len(prompts)
+    )
+    found = by_task(measured(tiny, hub, "bbh"))
+    assert found["bbh_fewshot_navigate", "exact_match,strip"].value == 0.5
+    assert found["bbh_fewshot_navigate", "exact_match"].value == 0.0
+    assert (found["bbh_fewshot", "exact_match,strip"].value, found["bbh_fewshot", "exact_match,strip"].n) == (0.5, 4)
+    assert found["bbh_fewshot", "exact_match,by_question"].value == 0.0
+    assert [metric for (task, metric), s in found.items() if task == "bbh_fewshot" and s.headline] == [
+        "exact_match,strip"
+    ]
 
 
 def test_any_task_of_the_harness_with_its_own_settings(tiny: tuple[Any, Any], tmp_path: Path) -> None:
@@ -148,14 +168,14 @@ def test_data_that_do_not_fit_are_n_a_with_the_reason(tiny: tuple[Any, Any], tmp
 
 def test_groups_are_means_of_their_tasks() -> None:
     (bbh,) = [b for b in BENCHMARKS if b.name == "bbh"]
-    one = Score("exact_match", 0.2, 0.03, 100, True, task="bbh_fewshot_a", headline=True, num_fewshot=3)
-    two = Score("exact_match", 0.8, 0.04, 300, True, task="bbh_fewshot_b", headline=True, num_fewshot=3)
+    one = Score("exact_match,strip", 0.2, 0.03, 100, True, task="bbh_fewshot_a", headline=True, num_fewshot=3)
+    two = Score("exact_match,strip", 0.8, 0.04, 300, True, task="bbh_fewshot_b", headline=True, num_fewshot=3)
     paper, by_question = group_scores(bbh, [one, two], {"bbh_fewshot_c": "why"})
-    assert (paper.task, paper.metric, paper.headline, paper.n) == ("bbh_fewshot", "exact_match", True, 400)
+    assert (paper.task, paper.metric, paper.headline, paper.n) == ("bbh_fewshot", "exact_match,strip", True, 400)
     assert paper.value == pytest.approx(0.5)
     assert paper.stderr == pytest.approx(0.025)
     assert paper.note == "mean of 2 of 3 tasks: without bbh_fewshot_c"
-    assert (by_question.metric, by_question.headline) == ("exact_match,by_question", False)
+    assert (by_question.metric, by_question.headline) == ("exact_match,strip,by_question", False)
     assert by_question.value == pytest.approx(0.65)
     assert group_scores(bbh, [], {"bbh_fewshot_c": "why"}) == []
 
