@@ -206,6 +206,7 @@ def verb_report(arguments: argparse.Namespace) -> int:
     from prosparse_core.report import write_report, write_results
 
     ledger = Ledger(home_folder())
+    ledger.bring_up_to_date()
     if arguments.markdown:
         written = write_results(ledger, arguments.run, Path(arguments.markdown))
         _print(arguments, ["results page"], [[str(written[0].resolve())]])

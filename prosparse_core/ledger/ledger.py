@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
 from prosparse_core.ledger.files import LedgerFiles
-from prosparse_core.ledger.schema import now
+from prosparse_core.ledger.schema import now, signature
 from prosparse_core.ledger.table import Table
 
 if TYPE_CHECKING:
@@ -44,6 +44,16 @@ class Ledger:
     def exists(self) -> bool:
         """Whether anything was ever recorded here."""
         return self._files.public.exists() or self._files.private.exists()
+
+    def bring_up_to_date(self) -> None:
+        """Give a ledger that an older version wrote the views of this one; a current one is left as it is.
+
+        Writing does so by itself. This is for reading what this version asks for; where we may not write, or a newer
+        version wrote, the ledger stays as it is.
+        """
+        if self.exists() and self.query("SELECT signature FROM schema_version").rows != [(signature(),)]:
+            with contextlib.suppress(EnvironmentProblem), self._write():
+                pass
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

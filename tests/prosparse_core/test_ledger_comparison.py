@@ -11,7 +11,8 @@ import pytest
 from compare_runs import CORPORA, ROWS, TOKENS, Row, write_comparison, write_rows
 from ledger_fixture import ask, make_artifact, record_step, start_run
 
-from prosparse_core.ledger import Ledger
+from prosparse_core.errors import BadInput
+from prosparse_core.ledger import Ledger, schema
 
 EVEN = math.sqrt(1000**2 + 3000**2) / 4000
 """What is left of a relative error shared by two corpora of 1000 and 3000 tokens."""
@@ -247,3 +248,22 @@ def test_paper_gap_has_every_published_number_and_tells_rows_apart(ledger: Ledge
     assert ask(ledger, missing) == [(0,)]
     sql = "SELECT paper, ours FROM paper_gap WHERE setting = 'prosparse' AND metric = 'average_pct' AND condition = "
     assert ask(ledger, sql + "'threshold=0.02' AND model = 'llama2-13b'") == [(44.67, None)]
+
+
+def test_an_older_ledger_gets_the_views_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by the version before comparisons."""
+    ledger = Ledger(tmp_path)
+    ledger.bring_up_to_date()
+    assert not ledger.exists(), "nothing to bring up to date, so nothing is made"
+    with monkeypatch.context() as before:
+        before.setattr(schema, "_SQL", ("schema.sql", "views.sql", "paper.sql"))
+        schema.signature.cache_clear()
+        write_rows(ledger, "r", VANILLA)
+    schema.signature.cache_clear()
+    with pytest.raises(BadInput, match="comparison"):
+        ledger.query("FROM comparison")
+    ledger.bring_up_to_date()
+    assert ask(ledger, "SELECT run_id, setting FROM comparison") == [("r", "vanilla_relu")]
+    current = ledger.path.stat().st_ino
+    ledger.bring_up_to_date()
+    assert ledger.path.stat().st_ino == current, "a current one is not even published anew"
