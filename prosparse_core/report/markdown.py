@@ -97,7 +97,7 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         "## Every setting under equal tokens",
         _table(tables_compare.comparison(data)),
         "## Progressive against fixed factors",
-        _table(tables_compare.matched(data)),
+        table(_if_any(tables_compare.matched(data)), "no progressive setting was measured in this run"),
         "The paper's own numbers on this, accuracies instead of perplexities, each from one training run:",
         _table(tables_compare.printed(data)),
         "## Training",
@@ -157,6 +157,10 @@ def standalone(svg: str) -> str:
     head = head.replace(box[0], f'{place} font-family="{_FONTS}"')
     paper = f'<rect x="{-_PADDING}" y="{-_PADDING}" width="{width:g}" height="{height:g}" fill="{PAPER}"/>'
     return re.sub(r"var\(--\w+, (#[0-9a-f]{6})\)", r"\1", f"{head}>\n{paper}\n{body}") + "\n"
+
+
+def _if_any(grid: Grid) -> Grid | None:
+    return grid if grid.rows else None
 
 
 def _table(grid: Grid) -> str:

@@ -199,4 +199,5 @@ def _alt(rows: list[Record], levels: list[tuple[str, float]]) -> str:
         return ""
     said = [f"{name_of(r['setting'])} {pct(r['sparsity'])} at {number(r['perplexity'])}" for r in rows]
     said += [f"{name} (not sparse) at {number(value)}" for name, value in levels]
-    return f"A scatter chart of {len(rows)} models by sparsity and perplexity: {', '.join(said)}."
+    models = f"{len(rows)} model{'' if len(rows) == 1 else 's'}"
+    return f"A scatter chart of {models} by sparsity and perplexity: {', '.join(said)}."

@@ -192,7 +192,8 @@ def _alt_courses(by_course: dict[tuple[str, Any, Any], list[Record]]) -> str:
     for (setting, l1, own_seed), rows in by_course.items():
         name = ", ".join(p for p in (name_of(setting), factor(l1), seed(own_seed)) if p)
         said.append(f"{name} ends with sparsity {pct(rows[-1]['sparsity'])} and loss {number(rows[-1]['lm_loss'])}")
-    return f"Small line charts of {len(by_course)} training runs: {'; '.join(said)}." if said else ""
+    number_ = f"{len(said)} training run{'' if len(said) == 1 else 's'}"
+    return f"Small line charts of {number_}: {'; '.join(said)}." if said else ""
 
 
 def _alt_course(rows: list[Record]) -> str:

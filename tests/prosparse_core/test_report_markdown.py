@@ -31,7 +31,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ledger, Comparison]:
     """One ledger with a comparison and a long run of the main path."""
     home = tmp_path_factory.mktemp("results")
     ledger, comparison = write_comparison(home)
-    write_story(home, run_id=LONG, num_layers=2)
+    write_story(home, run_id=LONG, num_layers=2, corpora=["code"], steps_logged_every=4)
     return ledger, comparison
 
 
@@ -140,7 +140,7 @@ def test_a_comparison_without_thresholds_or_training_says_so(tmp_path: Path) -> 
     ledger, told = write_comparison(tmp_path, rows=rows, with_thresholds=False)
     text, figures = page(collect(ledger, told.run_id))
     assert figures == {}
-    assert text.count("n/a: ") == 5, "three figures, the rules and the paper"
+    assert text.count("n/a: ") == 6, "three figures, the progressive settings, the rules and the paper"
     assert "Fixed L1 is missing: this run has no such evaluate step." in text
 
 
