@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput
-from prosparse_core.families import require_family
+from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.store import Artifact, read_record
 from prosparse_core.thresholds import THRESHOLDS as THRESHOLDS
 from prosparse_core.thresholds import Thresholds, read_thresholds
@@ -155,7 +155,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The config of a model folder, checked without reading weights.
 
     Raises:
-        BadInput: no such folder, no config, unknown family.
+        BadInput: no such folder, no config, unknown family, or an exported model.
     """
     if not folder.is_dir():
         raise BadInput(f"model folder {folder} does not exist")
@@ -165,5 +165,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder} is no model folder: it has no readable config.json") from error
     except ValueError as error:
         raise BadInput(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    if str(config.get("model_type")).startswith(EXPORTED):
+        raise BadInput(
+            f"{folder} is a model this pipeline exported: it runs FATReLU by code of its own, and is no dense model",
+            hint=f"measure it with prosparse evaluate {folder}",
+        )
     require_family(str(config.get("model_type")), where=str(folder))
     return config

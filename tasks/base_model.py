@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.families import EXPORTED, require_family
+from prosparse_core.families import require_family
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL, check_folder
@@ -58,11 +58,7 @@ def identity(model: Model) -> dict[str, Any]:
         check_gguf(path)
         return {"gguf": hash_files([path])}
     if path.is_dir():
-        if str(check_folder(path)["model_type"]).startswith(EXPORTED):
-            raise BadInput(
-                f"model.source: {path} is a model this pipeline exported: it is finished, not dense",
-                hint=f"measure it with prosparse evaluate {path}",
-            )
+        check_folder(path)
         return {"folder": hash_files(sorted(p for p in path.iterdir() if p.is_file()))}
     if model.source.startswith((".", "/", "~")) or model.source.count("/") != 1:
         raise BadInput(

@@ -266,7 +266,7 @@ def test_unusable_folders_are_refused_before_anything_is_written(dense: Callable
     with pytest.raises(BadInput, match="no safetensors weights"):
         export_hf(model_folder, [0.1], tmp_path / "hf", card="card")
     edit_config(model_folder, model_type="prosparse_llama")
-    with pytest.raises(BadInput, match="no known FFN family"):
+    with pytest.raises(BadInput, match="this pipeline exported"):
         export_hf(model_folder, [0.1], tmp_path / "hf", card="card")
     assert not (tmp_path / "hf").exists()
 
