@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from prosparse_core.report.data import SETTINGS, Record, ReportData
+from prosparse_core.report.data import Record, ReportData
 from prosparse_core.report.format import is_number, number, pct, ratio
 from prosparse_core.report.grid import Cell, Column, Grid
+from prosparse_core.report.names import name_of
 
 COLUMNS = (
     ("sparsity", "Sparsity", "zeros in x1"),
@@ -29,9 +30,7 @@ def activations(data: ReportData) -> Grid | None:
     measured = [(s, v) for s, v in data.settings if any(r["variant"] == v for r in rows)]
     for setting, variant in measured:
         own = [r for r in rows if r["variant"] == variant]
-        name, about = SETTINGS.get(setting, (setting, ""))
-        is_alone = sum(s == setting for s, _ in measured) == 1
-        line = [Cell(name, about if is_alone else str(variant))]
+        line = [Cell(name_of(setting), data.details(setting, variant))]
         for column, _, _ in COLUMNS:
             value = mean_over(own, column)
             line.append(_cell(column, value) if value is not None else grid.missing(_why(column, own)))

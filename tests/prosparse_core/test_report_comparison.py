@@ -24,6 +24,7 @@ from prosparse_core.report.page import plots, render, summary, tiles
 from prosparse_core.report.plot_comparison import fixed_line, log_ticks, style_of
 from prosparse_core.report.tables import benchmarks, results
 from prosparse_core.report.tables_compare import comparison, interval, matched, paper, rules, verdict
+from prosparse_core.report.tables_layers import activations
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,9 @@ def test_rows_of_one_setting_are_told_apart(data: ReportData) -> None:
         ("ProSparse", "seed 1"),
         ("Closed loop", "lambda steered to a target sparsity"),
     ]
+    left = activations(data)
+    assert left is not None
+    assert [(row[0].text, row[0].small) for row in left.rows] == names
     grid = benchmarks(data)
     assert grid is not None
     titles = [column.title for column in grid.columns]
