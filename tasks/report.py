@@ -7,7 +7,7 @@ import logging
 from prosparse_core.store import Artifact
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 PAGE = "report.html"
 DATA = "data"
 log = logging.getLogger("prosparse.report")
