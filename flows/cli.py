@@ -47,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         sub = recipe_verb(name, help_)
         sub.add_argument("--force", metavar="STEP", action="append", default=[], help="run this step again")
-        if name != "plan":
+        if name == "plan":
+            sub.add_argument("--compare", action="store_true", help="of `prosparse compare` instead of `prosparse run`")
+        else:
             sub.add_argument("--until", metavar="STEP", help="stop after this step")
             sub.add_argument(
                 "--inline", action="store_true", help="without Prefect: same steps, same store, same ledger"

@@ -28,8 +28,8 @@ def every_setting(run: Run) -> None:
     for row in settings.rows(run.recipe):
         variant = trained(run, row, dense, corpora)
         if row.thresholds:
-            variant = with_thresholds(run, variant, corpora, row.setting)
-        evaluate(run, variant, corpora)
+            variant = with_thresholds(run, variant, corpora, row.setting, row.note)
+        evaluate(run, variant, corpora, row.note)
     for imported in run.recipe.compare.imported:
         model = Model(id=imported.setting, source=imported.source, revision=imported.revision)
         checkpoint = base_model(run, model)
@@ -37,7 +37,8 @@ def every_setting(run: Run) -> None:
         variant = Variant(imported.setting, checkpoint, imported.activation)
         evaluate(run, variant, own_corpora)
         if imported.activation == "relu":
-            evaluate(run, with_thresholds(run, variant, own_corpora, f"{imported.setting}_fatrelu"), own_corpora)
+            own = f"{imported.setting}_fatrelu"
+            evaluate(run, with_thresholds(run, variant, own_corpora, own, own), own_corpora)
     report(run)
 
 
@@ -54,11 +55,11 @@ def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact) -> Variant:
     return Variant(row.setting, checkpoint, row.train.activation, shift=row.train.shift)
 
 
-def with_thresholds(run: Run, star: Variant, corpora: Artifact, setting: str) -> Variant:
+def with_thresholds(run: Run, star: Variant, corpora: Artifact, setting: str, note: str) -> Variant:
     """The same checkpoint with calibrated FATReLU thresholds."""
     star_setting = "prosparse_star" if setting == "prosparse" else star.setting
     star = dataclasses.replace(star, setting=star_setting)
-    thresholds = calibrate(run, star, corpora)
+    thresholds = calibrate(run, star, corpora, note)
     return dataclasses.replace(star, setting=setting, activation="fatrelu", thresholds=thresholds)
 
 

@@ -87,17 +87,20 @@ def _run(arguments: argparse.Namespace, name: str, steps: Callable[[Run], None],
 
 def verb_plan(arguments: argparse.Namespace) -> int:
     """What would run, what is cached and why not, and what it costs."""
+    from flows.compare import every_setting
     from flows.full import full
     from prosparse_core import planning
 
+    steps = every_setting if arguments.compare else full
+    estimate = planning.comparison_cost if arguments.compare else planning.cost
     recipe, run = planned(arguments.recipe, arguments.overrides, force=arguments.force)
     problem = None
     try:
-        full(run)
+        steps(run)
     except ProSparseError as error:  # a model or corpus that is not here yet does not hide the costs
         problem = error
     shape = planning.shape_of(recipe.model)
-    cost = planning.cost(recipe, shape, _measured_speed(run.ledger, recipe)) if shape else None
+    cost = estimate(recipe, shape, _measured_speed(run.ledger, recipe)) if shape else None
     if arguments.json:
         console.print_json(
             {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from prosparse_core import settings
 from prosparse_core.recipe import Hardware, Model, Recipe, Shape
 
 PEAK_FLOPS = {"a100-80g": 312e12, "h100-80g": 989e12, "cpu-core": 0.1e12}
@@ -77,10 +78,10 @@ def training_flops(recipe: Recipe, s: Shape) -> float:
     return recipe.train.total_tokens * (6.0 * multiplied + attention)
 
 
-def disk_bytes(recipe: Recipe, s: Shape) -> int:
+def disk_bytes(recipe: Recipe, s: Shape, num_stages: int | None = None) -> int:
     """fp32 weights and AdamW moments of every stage, one checkpoint more, the dense model, the export, the corpora."""
     parameters = num_parameters(s)
-    stages = (len(recipe.train.stages) + 1) * 12 * parameters
+    stages = ((num_stages or len(recipe.train.stages)) + 1) * 12 * parameters
     return stages + 8 * parameters + sum(source.max_tokens for source in recipe.data.sources) * 8
 
 
@@ -96,6 +97,20 @@ def memory_bytes(recipe: Recipe, s: Shape, num_devices: int) -> tuple[int, int]:
         per_layer = tokens * (14 * s.d_model + 5 * s.d_ff) * 4
     activations = s.num_layers * per_layer + tokens * s.vocab_size * 4 * 3
     return states + num_devices * activations, states // num_devices + activations
+
+
+def comparison_cost(recipe: Recipe, shape: Shape, tokens_per_s: float | None = None) -> Cost:
+    """The estimate for every setting of ``recipe.compare``; see :func:`cost`."""
+    one = cost(recipe, shape, tokens_per_s)
+    num_stages, tokens = settings.training_of(settings.rows(recipe), recipe.seed)
+    more = tokens / one.tokens
+    return replace(
+        one,
+        tokens=tokens,
+        flops=one.flops * more,
+        hours=one.hours * more,
+        disk_bytes=disk_bytes(recipe, shape, num_stages),
+    )
 
 
 def cost(recipe: Recipe, shape: Shape, tokens_per_s: float | None = None) -> Cost:

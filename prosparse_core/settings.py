@@ -11,6 +11,7 @@ from typing import Any
 
 from prosparse_core.recipe import Recipe
 from prosparse_core.recipe_train import Stage, Train
+from prosparse_core.store import canonical_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,21 @@ def rows(recipe: Recipe) -> list[Row]:
         thresholds = name == "prosparse"
         found += [Row(name, train, thresholds, seed) for train in SETTINGS[name](recipe) for seed in seeds]
     return found
+
+
+def training_of(rows: list[Row], seed: int) -> tuple[int, int]:
+    """(stages, tokens) that all rows together train: what they have in common counts once."""
+    stages: dict[str, int] = {}
+    for row in rows:
+        if row.train is None:
+            continue
+        for index, stage in enumerate(row.train.stages):
+            before = row.train.stages[index - 1].until_step if index else 0
+            like = row.train.model_dump(mode="json", exclude={"stages"})
+            course = [s.model_dump(mode="json") for s in row.train.stages[: index + 1]]
+            order = seed if row.seed is None or index == 0 else row.seed
+            stages[canonical_json([like, course, order])] = (stage.until_step - before) * row.train.tokens_per_step
+    return len(stages), sum(stages.values())
 
 
 def _dense(recipe: Recipe) -> list[Train | None]:

@@ -25,7 +25,7 @@ CETT_TOKENS = 512
 SCOPES = {"grid": "global", "cett": "per_layer"}
 
 
-def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
+def calibrate(run: Run, variant: Variant, corpora: Artifact, note: str = "") -> Artifact:
     """The artifact with ``thresholds.json`` and the whole curve, measured on calibration files only.
 
     thresholds.json: ``per_layer`` is what the variant runs with, ``threshold`` the best one for all layers together
@@ -46,7 +46,8 @@ def calibrate(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
     what = "threshold" if section.rule == "grid" else "thresholds"
     return run.step(
         "calibrate",
-        f"calibrate · {what} for at most +{section.max_ppl_increase_pct:g} % perplexity",
+        f"calibrate · {what} for at most +{section.max_ppl_increase_pct:g} % perplexity"
+        + (f" · {note}" if note else ""),
         lambda work: _build(work, run, variant, corpora, precision, device),
         version=VERSION,
         config={

@@ -68,11 +68,12 @@ class Evaluation:
         return {s.task: s.value for s in self.scores if s.task == CHOICES_TASK and s.metric == "acc"}
 
 
-def evaluate(run: Run, variant: Variant, corpora: Artifact | None) -> Artifact:
+def evaluate(run: Run, variant: Variant, corpora: Artifact | None, note: str = "") -> Artifact:
     """The artifact with the harness's ``results.json`` and the facts of one variant.
 
     Args:
         corpora: the mixture whose evaluation files give perplexity and sparsity; None: benchmarks only.
+        note: what people read instead of the setting, where several variants have the same.
 
     Raises:
         BadInput: before the model is read, where a benchmark cannot be measured as asked; see :mod:`tasks.benchmarks`.
@@ -83,7 +84,7 @@ def evaluate(run: Run, variant: Variant, corpora: Artifact | None) -> Artifact:
     precision = resolve(recipe.model.precision, device)
     return run.step(
         "evaluate",
-        f"evaluate · {variant.setting}",
+        f"evaluate · {note or variant.setting}",
         lambda work: _build(work, run, variant, corpora, planned, datasets, precision, device),
         version=VERSION,
         config={

@@ -68,9 +68,9 @@ def test_the_default_fixed_factor_is_the_last_of_the_stages() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("compare.settings=[shifted_relu]", "shifted_relu needs compare.shift"),
-        ("compare.settings=[closed_loop]", "closed_loop needs compare.target_sparsity"),
-        ("compare.settings=[distilled]", "distilled needs compare.distill"),
+        ("compare={settings: [shifted_relu]}", "shifted_relu needs compare.shift"),
+        ("compare={settings: [closed_loop]}", "closed_loop needs compare.target_sparsity"),
+        ("compare={settings: [distilled]}", "distilled needs compare.distill"),
         ("compare.settings=[prosparse_sta]", "did you mean 'prosparse_star'?"),
         ("compare.fixed_l1=[0.1, 0.1]", "each once"),
         ("compare.seeds={drelu: [1]}", "seeds of drelu, which compare.settings does not name"),
@@ -83,3 +83,11 @@ def test_a_setting_that_needs_what_the_recipe_lacks_is_refused(override: str, me
     with pytest.raises(BadInput) as caught:
         recipes.load("tiny", [override])
     assert message in str(caught.value)
+
+
+def test_what_rows_have_in_common_is_counted_once() -> None:
+    recipe = recipes.load("tiny", ["compare.settings=[original, vanilla_relu, prosparse_star, prosparse]"])
+    # stage 0 (20 steps) once; 40 more for vanilla_relu, 40 more for the stages of prosparse; its thresholds are free
+    assert settings.training_of(settings.rows(recipe), recipe.seed) == (1 + 1 + 3, (20 + 40 + 40) * 512)
+    again = recipes.load("tiny", ["compare.settings=[prosparse]", "compare.seeds={prosparse: [7]}"])
+    assert settings.training_of(settings.rows(again), again.seed) == (1 + 3 + 3, (20 + 40 + 40) * 512)
