@@ -28,7 +28,7 @@ def test_a_perfect_student_has_no_loss_and_no_gradient_and_the_teacher_never_has
     teacher = student.detach().clone().requires_grad_()
     loss = distillation_loss(student, teacher, torch.ones(1, 4, dtype=torch.long), 2.0)
     loss.backward()
-    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
     assert student.grad is not None
     assert float(student.grad.abs().max()) < 1e-6
     assert teacher.grad is None
