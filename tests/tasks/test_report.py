@@ -146,7 +146,7 @@ def test_prefect_gets_the_tables_also_of_a_cached_run(tmp_path: Path, sent: list
     markdown, table, link = (content for _, content, _ in sent)
     assert "run-2" in markdown
     assert "| ProSparse, with FATReLU thresholds |" in markdown
-    assert table[-1]["Setting"] == "ProSparse, with FATReLU thresholds"
+    assert table[-1]["Setting"] == "ProSparse with FATReLU thresholds"
     assert link == (artifact.path / "report.html").as_uri()
 
 
