@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -100,15 +100,27 @@ class LiveWatcher(_Reporting):
     @contextlib.contextmanager
     def step(self, label: str) -> Iterator[_LiveProgress]:
         columns: list[ProgressColumn] = [
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:>3.0f}%"),
-            _Fields(),
             TimeElapsedColumn(),
             _TimeLeft(),
         ]
-        with Progress(*columns, console=err, transient=True, refresh_per_second=4) as bars:
-            yield _LiveProgress(bars, bars.add_task(escape(label), total=None, shown="", eta=None))
+        bars = _Bars(*columns, console=err, transient=True, refresh_per_second=4)
+        bars.label = label
+        with bars:
+            yield _LiveProgress(bars, bars.add_task("", total=None, shown="", eta=None))
+
+
+class _Bars(Progress):
+    """Three lines: the label, the bar, its figures; cut to the terminal instead of folded."""
+
+    label = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield Text(self.label, style="bold", no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields.get("shown", ""), style="cyan", no_wrap=True, overflow="ellipsis")
 
 
 class _LiveProgress:
@@ -122,11 +134,6 @@ class _LiveProgress:
     def note(self, text: str) -> None:
         err.print(f"  [dim]{escape(text)}[/]")
         log.info("%s", text)
-
-
-class _Fields(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("shown", ""), style="cyan")
 
 
 class _TimeLeft(ProgressColumn):

@@ -59,6 +59,7 @@ def _before_prefect(arguments: argparse.Namespace) -> None:
     """Tell Prefect where to keep things before it is imported."""
     if arguments.json:
         console.only_json()
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # nothing leaves the machine unasked
     if not arguments.inline:
         from flows import service
 
@@ -223,9 +224,11 @@ def verb_report(arguments: argparse.Namespace) -> int:
 
 
 def verb_export(arguments: argparse.Namespace) -> int:
-    """Copy the exported Hugging Face folder of a run; refuses to overwrite."""
+    """The model of a run in the format of another program; refuses to overwrite."""
     ledger = Ledger(home_folder())
     run_id = _finished_run(ledger, arguments.run)
+    if arguments.to == "powerinfer":
+        return _export_powerinfer(arguments, run_id, ledger)
     rows = ledger.query(
         f"SELECT a.path, r.recipe FROM steps s JOIN runs r USING (run_id) JOIN artifacts a ON a.digest = s.artifact "
         f"WHERE s.run_id = '{run_id}' AND s.step = 'export'"
@@ -240,6 +243,31 @@ def verb_export(arguments: argparse.Namespace) -> int:
     shutil.copytree(source, temporary)
     os.replace(temporary, target)
     _print(arguments, ["model"], [[str(target.resolve())]])
+    return 0
+
+
+def _export_powerinfer(arguments: argparse.Namespace, run_id: str, ledger: Ledger) -> int:
+    """One file for PowerInfer's own binary, checked and measured before it is kept."""
+    from tasks.export_formats import made_by, to_powerinfer
+
+    made = made_by(run_id, "predictor", ledger, home_folder())
+    target = Path(arguments.out or f"{made.recipe}-prosparse.powerinfer.gguf")
+    found = to_powerinfer(
+        made,
+        target,
+        cutoff=arguments.cutoff,
+        dtype=arguments.dtype,
+        strict=arguments.strict,
+        progress=console.say,
+    )
+    for note in (*found.notes, *found.remarks):
+        console.say(f"note: {note}")
+    values = {**dataclasses.asdict(found), "target": str(target.resolve())}
+    values["notes"] = [*values.pop("notes"), *values.pop("remarks")]
+    if arguments.json:
+        console.print_json(values)
+    else:
+        console.table(["", "value"], [[name, value] for name, value in values.items() if name != "notes"])
     return 0
 
 

@@ -127,7 +127,6 @@ def train_stage(
                 step - first + 1,
                 last - first + 1,
                 step=step,
-                stage=index,
                 **{"lambda": metrics.l1_lambda},
                 lm_loss=metrics.lm_loss,
                 l1=metrics.l1,
