@@ -81,11 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
         const="docs",
         help="write DIR/results.md (default: docs) about a comparison; other runs, as a long one, add their curves",
     )
-    export = verb("export", "copy the exported model of a run")
-    export.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
-    export.add_argument("--to", choices=["hf"], default="hf", help="the format")
-    export.add_argument("--out", metavar="DIR", help="where to (default: ./<recipe>-prosparse)")
+    _add_export(verb("export", "write the model of a run in the format of another program"))
     return parser
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
+    sub.add_argument(
+        "--to",
+        choices=["hf", "powerinfer"],
+        default="hf",
+        help="hf: the Hugging Face folder the run made, with its FATReLU code; powerinfer: one file for PowerInfer's "
+        "own binary, with the run's predictors and t = 0",
+    )
+    sub.add_argument("--out", metavar="PATH", help="where to (default: ./<recipe>-prosparse, with the format's ending)")
+    sub.add_argument("--strict", action="store_true", help="refuse what the format cannot say exactly")
+    sub.add_argument("--cutoff", metavar="P", type=float, help="powerinfer: compute a neuron from this probability on")
+    sub.add_argument("--dtype", choices=["f16", "q4_0"], default="f16", help="powerinfer: how matrices are stored")
 
 
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
