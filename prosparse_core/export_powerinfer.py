@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prosparse_core import predictor as predictors_of
 from prosparse_core.errors import BadInput, ProSparseError
-from prosparse_core.perplexity import measure
 from prosparse_core.powerinfer import Dtype, one_threshold, refuse, scaled, write_powerinfer
 from prosparse_core.powerinfer_reader import PowerInferModel
 from prosparse_core.powerinfer_verify import require_valid
 from prosparse_core.predictor import LayerPredictor
-from prosparse_core.predictor_mask import Input, PredictedMask, norm_before, norm_scale
+from prosparse_core.predictor_input import Input, norm_before, norm_scale
+from prosparse_core.predictor_mask import PredictedMask, measure_windows
 from prosparse_core.store import read_record
 from prosparse_core.variants import MODEL, Variant, check_folder, load_model
 
@@ -170,13 +168,11 @@ def _in_torch(
     model, _ = load_model(folder)
     use_relu(model)
     with PredictedMask(model, predictors, cutoffs, source):
-        predicted, num_tokens = window_perplexity(model, windows)
-    exact, _ = window_perplexity(model, windows)
-    return predicted, exact, num_tokens, [norm_scale(norm_before(model, ffn)) for ffn in find_ffns(model)]
-
-
-def window_perplexity(model: torch.nn.Module, windows: Sequence[Tensor]) -> tuple[float, int]:
-    """(token perplexity over all windows, tokens it is a mean over); each window [1, length] stands on its own."""
-    parts = [measure(model, w, w, precision="fp32") for w in windows]
-    num_tokens = sum(p.num_tokens for p in parts)
-    return math.exp(min(sum(p.nll for p in parts) / num_tokens, 700.0)), num_tokens
+        predicted = measure_windows(model, windows, "fp32")
+    exact = measure_windows(model, windows, "fp32")
+    return (
+        predicted.perplexity,
+        exact.perplexity,
+        predicted.num_tokens,
+        [norm_scale(norm_before(model, ffn)) for ffn in find_ffns(model)],
+    )

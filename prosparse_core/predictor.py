@@ -1,8 +1,8 @@
 """The activation predictor of a layer: d_model -> hidden -> d_ff, no bias, ReLU between (paper, App. C and F).
 
-It sees x, the input of gate and up, and says for every neuron how likely x1 != 0 is. Without biases a positive factor
-on x never changes the sign of a logit: at cutoff 0.5 the predictor decides the same on x before its RMS normalisation,
-once the norm's weight is multiplied into the columns of ``fc1``.
+It sees x, the input of gate and up (or the residual stream before the norm), and says for every neuron how likely it is
+active. Without biases a positive factor on x never changes the sign of a logit: at cutoff 0.5 the predictor decides the
+same on x before its RMS normalisation, once the norm's weight is multiplied into the columns of ``fc1``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from prosparse_core.errors import BadInput
-from prosparse_core.recording import LayerRecording
+from prosparse_core.recording import LabelRule, LayerRecording
 
-LABEL_RULE = "nonzero"
-"""A neuron is active iff |x1| > 0: no clipping to the largest ones, no sign."""
 WEIGHT_DECAY = 0.01
 DENSITY_OFFSET = 0.005
 EVALUATE_BATCH = 1024
+START_LOGITS = 2.0
 
 
 class LayerPredictor(nn.Module):
@@ -60,6 +59,10 @@ class CutoffMetrics:
     """Share of all neurons, over tokens, that were predicted inactive."""
     true_sparsity: float
     num_tokens: int
+    top_recall: float | None = None
+    """Recall of the active neurons that rule top_p keeps, the largest of each token; None where none was recorded."""
+    top_sparsity: float | None = None
+    """Share of neurons that rule top_p does not count as active."""
 
 
 def weighted_bce(logits: Tensor, active: Tensor, negative_weight: float) -> Tensor:
@@ -80,22 +83,32 @@ def train(
     lr: float,
     seed: int,
     device: str = "cpu",
+    labels: LabelRule = "nonzero",
+    negative_weight: float | None = None,
+    start: LayerPredictor | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> LayerPredictor:
     """A predictor trained on one layer's recording; the same arguments give the same weights.
 
-    AdamW with ``lr`` falling linearly to 0, on :func:`weighted_bce` whose negative weight is the share of active
-    neurons of the layer + 0.005: both classes weigh about the same in total, so recall is preferred to precision.
-    The recorded x is scaled to mean square 1 for training, and the scale goes into ``fc1`` at the end: the size of x
-    differs between layers by a factor of five, and one ``lr`` must serve them all.
+    AdamW with ``lr`` falling linearly to 0, on :func:`weighted_bce`. The recorded x is scaled to mean square 1 for
+    training, and the scale goes into ``fc1`` at the end: the size of x differs between layers by a factor of five, and
+    one ``lr`` must serve them all. Of the recording, one batch at a time is read.
 
     Args:
+        labels: what counts as active.
+        negative_weight: of an inactive neuron in the loss; None for the share of active neurons of the layer + 0.005,
+            so that both classes weigh about the same in total and recall is preferred to precision.
+        start: weights to begin with (of ``hidden`` numbers), up to one positive factor on the scores; None for random.
         on_epoch: called with the number of finished epochs and the mean loss of the last one.
     """
-    generator = torch.Generator().manual_seed(_layer_seed(seed, recording.layer))
+    generator = torch.Generator().manual_seed(layer_seed(seed, recording.layer))
     predictor = LayerPredictor(recording.inputs.shape[1], recording.d_ff, hidden, generator).to(device)
-    negative_weight = 1.0 - recording.sparsity + DENSITY_OFFSET
+    if negative_weight is None:
+        negative_weight = 1.0 - recording.inactive_share(labels) + DENSITY_OFFSET
     rms = _rms(recording.inputs)
+    if start is not None:
+        predictor.load_state_dict(start.state_dict())
+        _scale_logits(predictor, recording.inputs[:EVALUATE_BATCH].to(device, torch.float32) / rms)
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
     num_steps = epochs * -(-recording.num_tokens // batch_size)
     step = 0
@@ -106,7 +119,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / num_steps)
             logits = predictor(recording.inputs[rows].to(device, torch.float32) / rms)
-            loss = weighted_bce(logits, recording.active(rows).to(device, torch.float32), negative_weight)
+            loss = weighted_bce(logits, recording.active(rows, labels).to(device, torch.float32), negative_weight)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -119,13 +132,22 @@ def train(
     return predictor.cpu().eval()
 
 
+@torch.no_grad()
+def _scale_logits(predictor: LayerPredictor, x: Tensor) -> None:
+    """Give the scores of x [tokens, d_model] the root mean square ``START_LOGITS``: sure of some, no further."""
+    size = float(predictor(x).square().mean().sqrt())
+    if size > 0:
+        predictor.fc2.weight *= START_LOGITS / size
+
+
 def _rms(inputs: Tensor) -> float:
     """The root of the mean square over all entries; 1 for a layer that only ever sees zeros."""
     total = sum(float(part.double().square().sum()) for part in inputs.split(EVALUATE_BATCH))
     return (total / inputs.numel()) ** 0.5 or 1.0
 
 
-def _layer_seed(seed: int, layer: int) -> int:
+def layer_seed(seed: int, layer: int) -> int:
+    """Every layer has random numbers of its own."""
     return seed * 100_003 + layer
 
 
@@ -133,26 +155,35 @@ def _layer_seed(seed: int, layer: int) -> int:
 def evaluate(
     predictor: LayerPredictor, recording: LayerRecording, cutoffs: Sequence[float], device: str = "cpu"
 ) -> list[CutoffMetrics]:
-    """The metrics at every cutoff, on tokens the predictor was not trained on."""
+    """The metrics at every cutoff, on tokens the predictor was not trained on; against both rules where recorded."""
     predictor.to(device)
-    num_active, hits, predicted = 0, [0] * len(cutoffs), [0] * len(cutoffs)
+    rules: list[LabelRule] = ["nonzero"] if recording.packed_top is None else ["nonzero", "top_p"]
+    num_active = dict.fromkeys(rules, 0)
+    hits = {rule: [0] * len(cutoffs) for rule in rules}
+    predicted = [0] * len(cutoffs)
     for rows in torch.arange(recording.num_tokens).split(EVALUATE_BATCH):
         probability = torch.sigmoid(predictor(recording.inputs[rows].to(device, torch.float32)))
-        active = recording.active(rows).to(device)
-        num_active += int(active.sum())
-        for i, cutoff in enumerate(cutoffs):
-            chosen = probability >= cutoff
-            predicted[i] += int(chosen.sum())
-            hits[i] += int((chosen & active).sum())
+        chosen_at = [probability >= cutoff for cutoff in cutoffs]
+        predicted = [n + int(chosen.sum()) for n, chosen in zip(predicted, chosen_at, strict=True)]
+        for rule in rules:
+            active = recording.active(rows, rule).to(device)
+            num_active[rule] += int(active.sum())
+            hits[rule] = [n + int((c & active).sum()) for n, c in zip(hits[rule], chosen_at, strict=True)]
     predictor.cpu()
     total = recording.num_tokens * recording.d_ff
+
+    def recall(rule: LabelRule, i: int) -> float | None:
+        return hits[rule][i] / num_active[rule] if num_active.get(rule) else None
+
     return [
         CutoffMetrics(
             cutoff=cutoff,
-            recall=hits[i] / num_active if num_active else None,
+            recall=recall("nonzero", i),
             predicted_sparsity=1.0 - predicted[i] / total,
-            true_sparsity=1.0 - num_active / total,
+            true_sparsity=1.0 - num_active["nonzero"] / total,
             num_tokens=recording.num_tokens,
+            top_recall=recall("top_p", i),
+            top_sparsity=1.0 - num_active["top_p"] / total if "top_p" in rules else None,
         )
         for i, cutoff in enumerate(cutoffs)
     ]

@@ -153,12 +153,27 @@ class Predictor(Section):
     """Per-layer activation predictor d -> hidden -> d_ff, no bias, ReLU between (paper, App. F)."""
 
     hidden: int = Field(default=128, gt=0)
+    input: Literal["post_norm", "pre_norm"] = "post_norm"
+    """post_norm: what the FFN takes. pre_norm: the residual stream before the norm, which is what PowerInfer feeds."""
+    init: Literal["random", "svd"] = "random"
+    """svd: begin with the gate matrix (times the norm's weight, on pre_norm), cut to the rank the predictor has."""
+    labels: Literal["nonzero", "top_p"] = "nonzero"
+    """What it learns as active: every x1 that is not zero, or of these the ``top_share`` largest of each token."""
+    top_share: float = Field(default=0.15, gt=0, le=1)
+    """Of d_ff. Recall is also measured against these labels, whichever it learns."""
+    negative_weight: float | Literal["density"] = "density"
+    """Of an inactive neuron in the loss, where an active one weighs 1; density: the active share + 0.005."""
     train_tokens: int = Field(default=8192, gt=0)
     test_tokens: int = Field(default=4096, gt=0)
-    epochs: int = Field(default=6, gt=0)
+    epochs: int = Field(default=6, ge=0)
+    """0, with init svd: the untrained low-rank gate."""
     batch_size: int = Field(default=128, gt=0)
     lr: float = Field(default=5e-3, gt=0)
     cutoffs: list[float] = [0.1, 0.25, 0.5, 0.75]
+    target_recall: float | None = Field(default=None, gt=0, le=1)
+    """Also choose the largest cutoff with this recall of ``labels`` on the calibration files, and measure it."""
+    cutoff_scope: Literal["layer", "global"] = "layer"
+    """Whether that cutoff is chosen for each layer or for all."""
 
     @field_validator("cutoffs")
     @classmethod
@@ -166,6 +181,19 @@ class Predictor(Section):
         if not cutoffs or any(not 0 < c < 1 for c in cutoffs):
             raise ValueError("cutoffs are probabilities strictly between 0 and 1")
         return cutoffs
+
+    @field_validator("negative_weight")
+    @classmethod
+    def _positive(cls, weight: float | str) -> float | str:
+        if isinstance(weight, float) and not 0 < weight < float("inf"):
+            raise ValueError("a weight above 0, or density")
+        return weight
+
+    @model_validator(mode="after")
+    def _taught(self) -> Predictor:
+        if not self.epochs and self.init == "random":
+            raise ValueError("epochs=0 leaves a random predictor: train it, or begin with init=svd")
+        return self
 
 
 class Speed(Section):

@@ -131,6 +131,48 @@ def test_at_one_half_only_the_direction_of_x_counts_and_a_norm_folds_into_fc1() 
     assert torch.equal((logits >= 0)[sure], (before >= 0)[sure])
 
 
+def test_recall_of_the_largest_beside_that_of_all() -> None:
+    active = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    largest = torch.tensor([[True, False, False, False], [False, True, False, False]])
+    seen = LayerRecording(0, 4, torch.eye(2), pack_bits(active), pack_bits(largest))
+    (metrics,) = evaluate(constant([[1.0, 1.0, -1.0, -1.0], [1.0, -1.0, -1.0, -1.0]]), seen, [0.5])
+    assert (metrics.recall, metrics.top_recall) == (3 / 5, 1 / 2)
+    assert (metrics.true_sparsity, metrics.top_sparsity) == (3 / 8, 6 / 8)
+    (without,) = evaluate(
+        constant([[1.0] * 4, [1.0] * 4]), LayerRecording(0, 4, torch.eye(2), pack_bits(active)), [0.5]
+    )
+    assert (without.top_recall, without.top_sparsity) == (None, None)
+
+
+def test_labels_and_the_weight_of_the_inactive_decide_what_is_learnt() -> None:
+    """Five neurons, of which the first two alone count as largest: what is learnt as inactive is predicted so."""
+    x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    active = (x[:, :5] > 0) | (torch.arange(5) < 2)
+    seen = LayerRecording(0, 5, x, pack_bits(active), pack_bits(active & (torch.arange(5) < 2)))
+    settings = {"hidden": 16, "epochs": 20, "batch_size": 100, "lr": 1e-2, "seed": 0}
+    (both,) = evaluate(train(seen, **settings), seen, [0.5])
+    (top,) = evaluate(train(seen, **settings, labels="top_p"), seen, [0.5])
+    assert both.recall is not None
+    assert top.recall is not None
+    assert both.recall > 0.95 > 0.85 > top.recall
+    assert top.top_recall == pytest.approx(1.0, abs=0.02)
+    weights = [evaluate(train(seen, **settings, negative_weight=w), seen, [0.5])[0] for w in (0.01, 1.0, 100.0)]
+    shares = [m.predicted_sparsity for m in weights]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[2] - 0.1
+
+
+def test_a_start_is_kept_up_to_one_factor() -> None:
+    start = LayerPredictor(20, 37, 32, torch.Generator().manual_seed(5))
+    seen = recording(300, scale=4.0)
+    kept = train(seen, **{**SETTINGS, "epochs": 0}, start=start)
+    x = seen.inputs.float()
+    with torch.no_grad():
+        before, after = start(x), kept(x)
+    assert torch.allclose(after / after.norm(), before / before.norm(), atol=1e-6)
+    assert float(after.square().mean().sqrt()) == pytest.approx(predictors.START_LOGITS, rel=1e-3)
+
+
 def test_a_layer_that_only_sees_zeros_trains() -> None:
     seen = LayerRecording(0, 9, torch.zeros(10, 4), pack_bits(torch.zeros(10, 9, dtype=torch.bool)))
     predictor = train(seen, hidden=3, epochs=1, batch_size=4, lr=1e-3, seed=0)

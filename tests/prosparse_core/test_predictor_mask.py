@@ -11,7 +11,8 @@ from models import tiny, tokens
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FAMILIES, find_ffns
 from prosparse_core.predictor import LayerPredictor
-from prosparse_core.predictor_mask import Input, PredictedMask, input_module, logit, norm_before, norm_scale
+from prosparse_core.predictor_input import Input, input_module, norm_before, norm_scale
+from prosparse_core.predictor_mask import PredictedMask, logit
 from prosparse_core.sparsity import SparsityMeter
 from prosparse_core.substitute import use_relu
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,18 @@ from tiny_tokenizers import tiny_tokenizer
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
-from prosparse_core.recording import held_out_windows, pack_bits, record, unpack_bits
+from prosparse_core.predictor import train
+from prosparse_core.predictor_input import norm_before
+from prosparse_core.recording import (
+    LayerRecording,
+    _map,
+    calibration_windows,
+    held_out_windows,
+    open_recording,
+    pack_bits,
+    record,
+    unpack_bits,
+)
 from prosparse_core.sources import Document
 from prosparse_core.sparsity import SparsityMeter
 from prosparse_core.substitute import use_relu, use_thresholds
@@ -123,6 +135,109 @@ def test_under_autocast_the_mask_is_the_one_of_that_precision() -> None:
         _, x1 = kept(model, [tokens()])
     for r in found.layers:
         assert torch.equal(r.active(), x1[r.layer] != 0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_the_residual_stream_before_the_norm(model_type: str) -> None:
+    model = tiny(model_type)
+    use_relu(model)
+    seen: list[torch.Tensor] = []
+    handle = norm_before(model, find_ffns(model)[1]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = record(model, [tokens()], num_tokens=32, precision="fp32", dtype=torch.float32, source="pre_norm")
+    handle.remove()
+    assert torch.equal(found.layers[1].inputs, seen[0].flatten(0, 1))
+    post = record(model, [tokens()], num_tokens=32, precision="fp32", dtype=torch.float32)
+    assert not torch.equal(found.layers[1].inputs, post.layers[1].inputs)
+    assert torch.equal(found.layers[1].active(), post.layers[1].active())
+
+
+@pytest.mark.parametrize("share", [0.001, 0.15, 0.5, 1.0])
+def test_top_p_labels_are_the_largest_of_the_active_ones(share: float) -> None:
+    model = tiny()
+    use_relu(model)
+    found = record(model, [tokens()], num_tokens=32, precision="fp32", top_share=share)
+    _, x1 = kept(model, [tokens()])
+    for r in found.layers:
+        for token, labels in enumerate(r.active(rule="top_p").tolist()):
+            sizes = x1[r.layer][token].abs().tolist()
+            largest = sorted(range(53), key=lambda n: -sizes[n])[: max(1, int(share * 53))]
+            assert [n for n in range(53) if labels[n]] == sorted(n for n in largest if sizes[n] > 0)
+        assert r.inactive_share("top_p") == pytest.approx(1 - float(r.active(rule="top_p").double().mean()), abs=1e-12)
+    assert found.num_bytes == 3 * 32 * (2 * 32 + 7 + 7)
+
+
+def test_files_hold_what_memory_would(tmp_path: Path) -> None:
+    model = tiny()
+    use_relu(model)
+    options: dict[str, Any] = {"num_tokens": 40, "precision": "fp32", "top_share": 0.2}
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "layer_0.inputs").write_bytes(b"of an attempt that died")
+    written = record(model, [tokens(seed=4)], folder=tmp_path / "r", **options)
+    assert written.num_tokens == 32, "less text than was asked"
+    plain = record(model, [tokens(seed=4)], **options)
+    again = record(model, [], folder=tmp_path / "r", **options)
+    for found in (written, again, open_recording(tmp_path / "r")):
+        for r, expected in zip(found.layers, plain.layers, strict=True):
+            assert (r.layer, r.d_ff) == (expected.layer, expected.d_ff)
+            assert torch.equal(r.inputs, expected.inputs)
+            assert torch.equal(r.active(), expected.active())
+            assert torch.equal(r.active(rule="top_p"), expected.active(rule="top_p"))
+    assert (tmp_path / "r" / "layer_2.inputs").stat().st_size == 40 * 32 * 2
+
+
+def test_a_recording_that_died_is_made_anew(tmp_path: Path) -> None:
+    model = tiny()
+    use_relu(model)
+
+    def failing() -> Any:
+        yield tokens()
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        record(model, failing(), num_tokens=100, precision="fp32", folder=tmp_path / "r")
+    assert not (tmp_path / "r" / "recording.json").exists()
+    found = record(model, [tokens(seed=8)], num_tokens=100, precision="fp32", folder=tmp_path / "r")
+    plain = record(model, [tokens(seed=8)], num_tokens=100, precision="fp32")
+    assert torch.equal(found.layers[0].inputs, plain.layers[0].inputs)
+
+
+def test_a_full_disk_is_said_before_a_page_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing to a mapped file that has no room would kill the process instead."""
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        record(tiny(), [tokens()], num_tokens=32, precision="fp32", folder=tmp_path / "r")
+
+
+def test_training_from_files_takes_the_memory_of_a_batch(tmp_path: Path) -> None:
+    """64 MB of inputs: anonymous memory, what no file stands for, grows by far less."""
+    num_tokens, d_model, d_ff = 16_384, 2048, 64
+
+    def anonymous_mib() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) / 1024
+
+    settings: dict[str, Any] = {"hidden": 4, "epochs": 1, "batch_size": 256, "lr": 1e-3, "seed": 0}
+    few = LayerRecording(0, d_ff, torch.zeros(512, d_model).bfloat16(), torch.zeros(512, d_ff // 8, dtype=torch.uint8))
+    train(few, **settings)  # what training itself needs is taken now
+    before = anonymous_mib()
+    inputs = _map(tmp_path, 0, "inputs", (num_tokens, d_model), torch.bfloat16)
+    active = _map(tmp_path, 0, "active", (num_tokens, d_ff // 8), torch.uint8)
+    for start in range(0, num_tokens, 512):
+        inputs[start : start + 512] = torch.randn(512, d_model)
+    train(LayerRecording(0, d_ff, inputs, active), **settings)
+    assert (tmp_path / "layer_0.inputs").stat().st_size == 64 * 2**20
+    assert anonymous_mib() - before < 32
+
+
+def test_calibration_windows_take_turns() -> None:
+    windows = {"a": torch.arange(6).view(3, 2), "b": torch.arange(10, 12).view(1, 2)}
+    mixture: Any = SimpleNamespace(corpora=["a", "b"], calibration=lambda corpus: (windows[corpus], None))
+    found = [(corpus, t.tolist()) for corpus, t in calibration_windows(mixture)]
+    assert found == [("a", [[0, 1]]), ("b", [[10, 11]]), ("a", [[2, 3]]), ("a", [[4, 5]])]
 
 
 def test_the_model_is_left_as_it_was_even_after_a_failure() -> None:
