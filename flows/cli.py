@@ -89,10 +89,11 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", metavar="RUN", nargs="?", help="a run id (default: the newest finished run)")
     sub.add_argument(
         "--to",
-        choices=["hf", "powerinfer"],
+        choices=["hf", "hf-relu", "powerinfer", "vllm"],
         default="hf",
-        help="hf: the Hugging Face folder the run made, with its FATReLU code; powerinfer: one file for PowerInfer's "
-        "own binary, with the run's predictors and t = 0",
+        help="hf: the Hugging Face folder the run made, with its FATReLU code; hf-relu: without code and threshold; "
+        "powerinfer: one file for PowerInfer's own binary, with the run's predictors and t = 0; vllm: a folder that "
+        "vLLM serves, with one threshold",
     )
     sub.add_argument("--out", metavar="PATH", help="where to (default: ./<recipe>-prosparse, with the format's ending)")
     sub.add_argument("--strict", action="store_true", help="refuse what the format cannot say exactly")

@@ -229,6 +229,8 @@ def verb_export(arguments: argparse.Namespace) -> int:
     run_id = _finished_run(ledger, arguments.run)
     if arguments.to == "powerinfer":
         return _export_powerinfer(arguments, run_id, ledger)
+    if arguments.to != "hf":
+        return _export_plain(arguments, run_id, ledger)
     rows = ledger.query(
         f"SELECT a.path, r.recipe FROM steps s JOIN runs r USING (run_id) JOIN artifacts a ON a.digest = s.artifact "
         f"WHERE s.run_id = '{run_id}' AND s.step = 'export'"
@@ -260,10 +262,26 @@ def _export_powerinfer(arguments: argparse.Namespace, run_id: str, ledger: Ledge
         strict=arguments.strict,
         progress=console.say,
     )
-    for note in (*found.notes, *found.remarks):
+    values = {**dataclasses.asdict(found), "notes": [*found.notes, *found.remarks]}
+    del values["remarks"]
+    return _print_export(arguments, values)
+
+
+def _export_plain(arguments: argparse.Namespace, run_id: str, ledger: Ledger) -> int:
+    """A folder that needs no code of ours."""
+    from prosparse_core.export_plain import export_hf_relu, export_vllm
+    from tasks.export_formats import made_by
+
+    made = made_by(run_id, "export", ledger, home_folder())
+    ending, export = {"vllm": ("vllm", export_vllm), "hf-relu": ("relu", export_hf_relu)}[arguments.to]
+    target = Path(arguments.out or f"{made.recipe}-prosparse-{ending}")
+    return _print_export(arguments, dataclasses.asdict(export(made.variant, target, strict=arguments.strict)))
+
+
+def _print_export(arguments: argparse.Namespace, values: dict[str, Any]) -> int:
+    values = {**values, "target": str(values["target"].resolve()), "notes": list(values["notes"])}
+    for note in values["notes"]:
         console.say(f"note: {note}")
-    values = {**dataclasses.asdict(found), "target": str(target.resolve())}
-    values["notes"] = [*values.pop("notes"), *values.pop("remarks")]
     if arguments.json:
         console.print_json(values)
     else:

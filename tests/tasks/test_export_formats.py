@@ -81,3 +81,27 @@ def test_thresholds_come_along(base: Any) -> None:
     made = made_by(run.run_id, "predictor", run.ledger, base.home)
     assert made.variant.layer_thresholds() == [0.0, 0.01, 0.02]
     assert isinstance(made.variant.thresholds, Artifact)
+
+
+@pytest.mark.usefixtures("at_home")
+@pytest.mark.parametrize(("to", "ending"), [("vllm", "vllm"), ("hf-relu", "relu")])
+def test_plain_folders_by_the_command_line(
+    base: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str, ending: str
+) -> None:
+    run, _ = base.run()
+    variant = Variant("prosparse_star", base.dense, "relu")
+    run.step(
+        "export",
+        to,
+        lambda work: None,
+        version=0,
+        config={"variant": variant.identity, "for": to},
+        inputs={**variant.inputs, "corpora": base.corpora},
+    )
+    assert cli.main(["export", run.run_id, "--to", to, "--json", "--strict"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    target = tmp_path / f"test-prosparse-{ending}"
+    assert found == {"target": str(target), "threshold": 0.0, "notes": []}
+    config = json.loads((target / "config.json").read_text())
+    assert config["hidden_act"] == {"vllm": "fatrelu", "hf-relu": "relu"}[to]
+    assert (target / "model.safetensors").read_bytes() == (base.dense.path / "model" / "model.safetensors").read_bytes()
