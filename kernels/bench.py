@@ -19,13 +19,22 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels.measure import CacheSweep, clock, last_level_cache_bytes, torch_threads
-from kernels.providers import PROVIDERS, FFNWeights, Provider, Vectors, make_providers, random_case
+from kernels.providers import (
+    KERNELS,
+    PROVIDERS,
+    SPARSE,
+    FFNWeights,
+    Provider,
+    Vectors,
+    computes,
+    make_providers,
+    random_case,
+)
 
-__all__ = ["FFNWeights", "Row", "bench_layers", "random_case"]
+__all__ = ["KERNELS", "FFNWeights", "Row", "bench_layers", "random_case"]
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("gate", "s2", "s3", "ffn")
 MASK_SOURCES = ("recorded", "random")
 MAX_CALLS = 32  # of each layer, with inputs of their own; rounds walk through them
 GATE_CALLS = 2  # of those, checked for each layer, kernel and provider
@@ -104,13 +113,15 @@ def bench_layers(
     thresholds: Sequence[float],
     *,
     mask_source: str,
+    kernels: Sequence[str] = KERNELS,
     threads: int = 1,
     num_tokens: int = 1,
     repeats: int = 30,
     budget_s: float = 60.0,
     progress: Callable[[float, float], None] | None = None,
 ) -> list[Row]:
-    """Checks, then times: one row for each of gate, s2, s3, ffn by each of torch, native_dense, native.
+    """Checks, then times: one row for each of the ``kernels`` by each of torch, native_dense, native, and for one token
+    a certified gate and ffn.
 
     ``inputs[i]`` is ``[tokens, D]``, inputs of layer i; calls take ``num_tokens`` of them at a time. ``mask_source``
     says where they (hence the masks) come from: 'recorded' from a model, or 'random'. There are at most ``repeats``
@@ -118,13 +129,18 @@ def bench_layers(
     follows the rounds. Where native kernels cannot be built their rows come without times, after a warning.
     ValueError on wrong shapes, dtypes or counts.
     """
-    _check(layers, inputs, thresholds, mask_source, num_tokens, repeats)
+    _check(layers, inputs, thresholds, mask_source, num_tokens, repeats, kernels)
     if not (found := cpu.available()):
         logger.warning("the native kernels are not measured: %s", found.why)
     with torch_threads(threads), torch.no_grad():
         work, shares = _prepare(layers, inputs, thresholds, threads, num_tokens)
         dtype = layers[0].w_gate.dtype
-        results = {(kernel, name): _Result(_tolerance(name, dtype)) for kernel in KERNELS for name in PROVIDERS}
+        results = {
+            (kernel, name): _Result(_tolerance(name, dtype))
+            for kernel in kernels
+            for name in PROVIDERS
+            if computes(name, kernel, num_tokens)
+        }
         for layer in work[: len(layers)]:
             _gate(layer, results)
         timer, now = clock(threads)
@@ -132,7 +148,8 @@ def bench_layers(
     rows = []
     weight = layers[0].w_gate
     for (kernel, provider), result in results.items():
-        num_bytes = _bytes(kernel, weight, 1.0 if provider != "native" else shares.live, num_tokens)
+        dense_bytes = _bytes(kernel, "torch", weight, 1.0, num_tokens)
+        num_bytes = _bytes(kernel, provider, weight, shares.live, num_tokens) if provider in SPARSE else dense_bytes
         p20, p50, p80 = (float(np.percentile(result.us, p)) if result.us else math.nan for p in (20, 50, 80))
         rows.append(
             Row(
@@ -140,7 +157,7 @@ def bench_layers(
                 dtype=str(weight.dtype).removeprefix("torch."), sparsity=shares.sparsity, mask_source=mask_source,
                 threads=threads, timer=timer, p20_us=p20, p50_us=p50, p80_us=p80, num_reps=len(result.us),
                 gbps=num_bytes / (p50 * 1e3), rel_err=result.rel_err, gate_passed=result.gate_passed,
-                limit_speedup=_bytes(kernel, weight, 1.0, num_tokens) / num_bytes if provider == "native" else None,
+                limit_speedup=dense_bytes / num_bytes if provider in SPARSE else None,
             )
         )  # fmt: skip
     return rows
@@ -153,11 +170,14 @@ def _check(
     mask_source: str,
     num_tokens: int,
     repeats: int,
+    kernels: Sequence[str],
 ) -> None:
     if mask_source not in MASK_SOURCES:
         raise ValueError(f"mask_source is {mask_source!r}: one of {', '.join(MASK_SOURCES)}")
     if not layers or not len(layers) == len(inputs) == len(thresholds):
         raise ValueError(f"{len(layers)} layers, {len(inputs)} inputs, {len(thresholds)} thresholds: as many of each")
+    if not kernels or not set(kernels) <= set(KERNELS):
+        raise ValueError(f"kernels are {', '.join(kernels) or 'none'}: some of {', '.join(KERNELS)}")
     if num_tokens < 1 or repeats < 1:
         raise ValueError(f"num_tokens is {num_tokens} and repeats is {repeats}: both must be at least 1")
     shape, dtype = layers[0].w_gate.shape, layers[0].w_gate.dtype
@@ -167,7 +187,7 @@ def _check(
             if weight.shape != shape or weight.dtype != dtype or dtype not in cpu.WEIGHT_DTYPES:
                 raise ValueError(
                     f"layer {i} has weights of {tuple(weight.shape)} {weight.dtype}: every matrix must be "
-                    f"{tuple(shape)} of one dtype, float32 or bfloat16"
+                    f"{tuple(shape)} of one dtype, float32, bfloat16 or float16"
                 )
         if x.ndim != 2 or x.shape[1] != shape[1] or x.shape[0] < num_tokens:
             raise ValueError(f"inputs[{i}] is {tuple(x.shape)}: expected [at least {num_tokens}, {shape[1]}]")
@@ -200,8 +220,8 @@ def _prepare(
 
 
 def _tolerance(provider: str, dtype: torch.dtype) -> float:
-    """Sums are float32, so 1e-5 of the norm; torch in bfloat16 also rounds every intermediate result."""
-    return 2e-2 if provider == "torch" and dtype == torch.bfloat16 else 1e-5
+    """Sums are float32, so 1e-5 of the norm; torch in a 16-bit type also rounds every intermediate result."""
+    return {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-5) if provider == "torch" else 1e-5
 
 
 def _gate(layer: _Layer, results: dict[tuple[str, str], _Result]) -> None:
@@ -251,9 +271,10 @@ def _time(
     sweep = CacheSweep()
     began = time.monotonic()
     for turn in range(repeats):
-        for kernel in KERNELS:
-            first = turn % len(PROVIDERS)
-            for provider in PROVIDERS[first:] + PROVIDERS[:first]:
+        for kernel in dict.fromkeys(kernel for kernel, _ in results):
+            names = [name for k, name in results if k == kernel]
+            first = turn % len(names)
+            for provider in names[first:] + names[:first]:
                 result = results[kernel, provider]
                 if result.gate_passed:
                     calls = [_call(layer, kernel, provider, turn) for layer in work]
@@ -277,10 +298,14 @@ def _call(layer: _Layer, kernel: str, provider: str, turn: int) -> tuple[Callabl
     return getattr(implementation, kernel), calls[turn % len(calls)]
 
 
-def _bytes(kernel: str, weight: Tensor, live: float, num_tokens: int) -> float:
-    """What one call has to move: the weights of live neurons once, each token's vectors as float32."""
+def _bytes(kernel: str, provider: str, weight: Tensor, live: float, num_tokens: int) -> float:
+    """What one call has to move: the weights of live neurons once, each token's vectors as float32.
+
+    Of the certified gate: its screen, a byte for each weight, and the live rows, which it cannot skip.
+    """
     d_ff, d_model = weight.shape
     matrix = weight.numel() * weight.element_size()
-    matrices = {"gate": 1.0, "s2": live, "s3": live, "ffn": 1.0 + 2.0 * live}[kernel]
+    gate = 1.0 / weight.element_size() + live if provider == "certified" else 1.0
+    matrices = {"gate": gate, "s2": live, "s3": live, "ffn": gate + 2.0 * live}[kernel]
     floats = {"gate": d_model + d_ff, "s2": d_model + 2 * d_ff, "s3": d_ff + d_model, "ffn": 2 * d_model}[kernel]
     return matrices * matrix + 4 * num_tokens * floats

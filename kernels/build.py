@@ -23,7 +23,10 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCES = (Path(__file__).with_name("cpu.cpp"), Path(__file__).with_name("cpu_simd.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("cpu.cpp", "cpu_batch.h", "cpu_token.h", "cpu_screen.h", "cpu_plan.h", "cpu_simd.h")
+)
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared")
 # From the best to the most portable: a compiler without OpenMP or without -march=native still gives right kernels.

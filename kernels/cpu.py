@@ -1,9 +1,8 @@
-"""Binding of the native CPU kernels (``cpu.cpp``): float32 or bfloat16 weights, float32 vectors and sums.
+"""Binding of the native CPU kernels (``cpu.cpp``): float32, bfloat16 or float16 weights, float32 vectors and sums.
 
 A ``NativeFFN`` checks its weights once, pins them and owns its scratch memory, so that a call costs a few
-microseconds. Results are bitwise repeatable for one number of threads. Between different numbers the gate values, the
-live set and x1 are bitwise equal too; y differs by the rounding of its sum. Calls hold the interpreter's lock: two
-Python threads cannot meet in one scratch.
+microseconds. No bit of a token's results depends on the number of threads, on the tokens beside it in a call, or
+on whether dead rows are skipped. Calls hold the interpreter's lock: two Python threads cannot meet in one scratch.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from torch import Tensor
 from kernels import build
 from kernels.reference import check_threshold
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_THREADS = 256
 _CACHE_LINE_BYTES = 64
 _HUGE_PAGE_BYTES = 2 << 20
 
 
 class _Plan(ctypes.Structure):
-    """What the kernels need to know of one FFN: ``struct Plan`` of cpu.cpp."""
+    """What the kernels need to know of one FFN: ``struct Plan`` of cpu_plan.h."""
 
     _fields_ = [
         ("w_gate", ctypes.c_void_p),
@@ -34,7 +34,7 @@ class _Plan(ctypes.Structure):
         ("d_ff", ctypes.c_int64),
         ("d_model", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
-        ("is_bfloat16", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
         ("skip_dead", ctypes.c_int64),
         ("live_row", ctypes.c_void_p),
         ("live_value", ctypes.c_void_p),
@@ -42,6 +42,11 @@ class _Plan(ctypes.Structure):
         ("dense", ctypes.c_void_p),
         ("partial", ctypes.c_void_p),
         ("stride", ctypes.c_int64),
+        ("screen", ctypes.c_void_p),
+        ("bounds", ctypes.c_void_p),
+        ("screen_x", ctypes.c_void_p),
+        ("screen_width", ctypes.c_int64),
+        ("screen_floor", ctypes.c_double),
     ]
 
 
@@ -57,22 +62,28 @@ class Availability:
 
 
 class NativeLibrary:
-    """The loaded library. ``openmp``: more than one thread is possible; ``vector_bits``: width of its vectors."""
+    """The loaded library.
+
+    ``openmp``: more than one thread is possible; ``vector_bits``: width of its vectors; ``batch``: tokens that share
+    one reading of the weights; ``parts``: at most so many threads sum y; ``screen_step``: see ``certified.py``.
+    """
 
     def __init__(self, made: build.Build) -> None:
         self.build = made
         handle = ctypes.PyDLL(str(made.path))
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         plan = ctypes.POINTER(_Plan)
-        self.gate = _bind(handle, "psk_gate", None, plan, pointer, pointer, real, integer)
-        self.s2 = _bind(handle, "psk_s2", None, plan, pointer, pointer, pointer, integer)
+        self.gate = _bind(handle, "psk_gate", integer, plan, pointer, pointer, real, integer)
+        self.s2 = _bind(handle, "psk_s2", integer, plan, pointer, pointer, pointer, integer)
         self.s3 = _bind(handle, "psk_s3", None, plan, pointer, pointer, integer)
         self.ffn = _bind(handle, "psk_ffn", integer, plan, pointer, pointer, real, integer)
         self.gemv = _bind(handle, "psk_gemv", None, pointer, pointer, pointer, integer, integer, integer, integer)
         self.read = _bind(handle, "psk_read", real, pointer, integer, integer)
         self.huge_pages = _bind(handle, "psk_huge_pages", integer, pointer, integer)
         self.openmp = bool(_bind(handle, "psk_has_openmp", integer)())
-        self.vector_bits = int(_bind(handle, "psk_vector_bits", integer)())
+        self.vector_bits, self.batch, self.parts, self.screen_step = (
+            int(_bind(handle, f"psk_{name}", integer)()) for name in ("vector_bits", "batch", "parts", "screen_step")
+        )
 
     def check_threads(self, num_threads: int) -> None:
         """ValueError if this library cannot run that many threads."""
@@ -142,9 +153,9 @@ def gemv(weight: Tensor, x: Tensor, out: Tensor | None = None, *, num_threads: i
         out = torch.empty(weight.shape[0])
     else:
         _check_vector("out", out, weight.shape[0], 1)
-    library.gemv(
-        weight.data_ptr(), x.data_ptr(), out.data_ptr(), *weight.shape, weight.dtype == torch.bfloat16, num_threads
-    )
+        _check_apart(out, x)
+    code = WEIGHT_DTYPES.index(weight.dtype)
+    library.gemv(weight.data_ptr(), x.data_ptr(), out.data_ptr(), *weight.shape, code, num_threads)
     return out
 
 
@@ -170,12 +181,13 @@ def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class NativeFFN:
-    """One gated FFN on the CPU. The weights are ``[F, D]``, contiguous, all float32 or all bfloat16.
+    """One gated FFN on the CPU. The weights are ``[F, D]``, contiguous, all float32, all bfloat16 or all float16.
 
     ``skip_dead=False`` is the dense twin: the same results by reading every row. ``num_live`` is the number of live
     neurons of the last ``ffn`` call, summed over its tokens. ``x``, ``s``, ``x1`` and ``out`` are contiguous float32,
-    ``[width]`` or ``[tokens, width]``; tokens are computed one after another. Raises ValueError on a wrong argument
-    and RuntimeError where the kernels cannot be built.
+    ``[width]`` or ``[tokens, width]``. Up to eight tokens share one reading of the rows that live for any of them;
+    more are computed eight by eight. Raises ValueError on a wrong argument, which a NaN or an infinity in ``x`` is
+    too, and RuntimeError where the kernels cannot be built.
     """
 
     def __init__(
@@ -191,49 +203,54 @@ class NativeFFN:
         self.d_ff, self.d_model = (int(n) for n in w_gate.shape)
         self.num_threads, self.skip_dead, self.num_live = num_threads, skip_dead, 0
         line = _CACHE_LINE_BYTES // 4
-        stride = -(-self.d_model // line) * line  # threads never write to one cache line
-        self._scratch = (
+        self._lists = (
             torch.empty(self.d_ff, dtype=torch.int32),
             torch.empty(self.d_ff),
-            torch.empty(num_threads, dtype=torch.int64),
-            torch.empty(self.d_ff),
-            torch.empty(num_threads * stride if num_threads > 1 else 0),
+            torch.zeros(2 * num_threads, dtype=torch.int64),
         )
-        self._plan = ctypes.pointer(
-            _Plan(
-                *(weight.data_ptr() for weight in self.weights),
-                self.d_ff,
-                self.d_model,
-                num_threads,
-                w_gate.dtype == torch.bfloat16,
-                skip_dead,
-                *(scratch.data_ptr() for scratch in self._scratch),
-                stride,
-            )
+        plan = _Plan(
+            *(weight.data_ptr() for weight in self.weights),
+            d_ff=self.d_ff,
+            d_model=self.d_model,
+            num_threads=num_threads,
+            dtype=WEIGHT_DTYPES.index(w_gate.dtype),
+            skip_dead=skip_dead,
+            stride=-(-self.d_model // line) * line,  # threads never write to one cache line
         )
+        plan.live_row, plan.live_value, plan.live_count = (scratch.data_ptr() for scratch in self._lists)
+        self._plan = ctypes.pointer(plan)
+        self._most_tokens = 0
+        self._make_room(1)
+
+    def _make_room(self, tokens: int) -> None:
+        """Scratch for calls of so many tokens: for one at first, for a whole batch when the first one comes."""
+        plan, parts = self._plan.contents, self._library.parts if self.num_threads > 1 else 1
+        self._sums = (torch.empty(tokens * self.d_ff), torch.empty(parts * tokens * plan.stride))
+        plan.dense, plan.partial = (scratch.data_ptr() for scratch in self._sums)
+        self._most_tokens = tokens
 
     def __reduce__(self) -> tuple[object, ...]:  # copies and pickles carry the weights; addresses are made anew
-        return _rebuild, (*self.weights, self.num_threads, self.skip_dead)
+        return _rebuild, (type(self), *self.weights, self.num_threads, self.skip_dead)
 
     def gate(self, x: Tensor, threshold: float = 0.0, out: Tensor | None = None) -> Tensor:
         """``s [..., F]``: the gate's value where kept (``>= threshold``, for threshold 0 ``> 0``), 0 elsewhere."""
         tokens = self._tokens(x)
         _check_vector("x", x, self.d_model, tokens)
         out = self._output(out, x, self.d_ff, tokens)
-        self._library.gate(self._plan, x.data_ptr(), out.data_ptr(), check_threshold(threshold), tokens)
-        return out
+        done = self._library.gate(self._plan, x.data_ptr(), out.data_ptr(), check_threshold(threshold), tokens)
+        return out if done >= 0 else _refuse(x)
 
     def s2(self, s: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """``x1 [..., F] = s * (x w_up^T)``; rows of ``w_up`` whose ``s`` is 0 are not read."""
+        """``x1 [..., F] = s * (x w_up^T)``; rows of ``w_up`` whose ``s`` is 0 for every token are not read."""
         tokens = self._tokens(x)
         _check_vector("x", x, self.d_model, tokens)
         _check_vector("s", s, self.d_ff, tokens)
-        out = self._output(out, x, self.d_ff, tokens)
-        self._library.s2(self._plan, s.data_ptr(), x.data_ptr(), out.data_ptr(), tokens)
-        return out
+        out = self._output(out, x, self.d_ff, tokens, s)
+        done = self._library.s2(self._plan, s.data_ptr(), x.data_ptr(), out.data_ptr(), tokens)
+        return out if done >= 0 else _refuse(x)
 
     def s3(self, x1: Tensor, out: Tensor | None = None) -> Tensor:
-        """``y [..., D] = x1 w_down_t``; rows of ``w_down_t`` whose ``x1`` is 0 are not read."""
+        """``y [..., D] = x1 w_down_t``; rows of ``w_down_t`` whose ``x1`` is 0 for every token are not read."""
         tokens = self._tokens(x1)
         _check_vector("x1", x1, self.d_ff, tokens)
         out = self._output(out, x1, self.d_model, tokens)
@@ -245,28 +262,39 @@ class NativeFFN:
         tokens = self._tokens(x)
         _check_vector("x", x, self.d_model, tokens)
         out = self._output(out, x, self.d_model, tokens)
-        self.num_live = self._library.ffn(self._plan, x.data_ptr(), out.data_ptr(), check_threshold(threshold), tokens)
+        done = self._library.ffn(self._plan, x.data_ptr(), out.data_ptr(), check_threshold(threshold), tokens)
+        if done < 0:
+            _refuse(x)
+        self.num_live = done
         return out
 
-    @staticmethod
-    def _tokens(x: Tensor) -> int:
-        return x.shape[0] if x.ndim > 1 else 1
+    def _tokens(self, x: Tensor) -> int:
+        tokens = x.shape[0] if x.ndim > 1 else 1
+        if tokens > self._most_tokens:
+            self._make_room(self._library.batch)
+        return tokens
 
     @staticmethod
-    def _output(out: Tensor | None, like: Tensor, width: int, tokens: int) -> Tensor:
+    def _output(out: Tensor | None, like: Tensor, width: int, tokens: int, *inputs: Tensor) -> Tensor:
         if out is None:
             return torch.empty((width,) if like.ndim == 1 else (tokens, width))
         _check_vector("out", out, width, tokens)
+        for read in (like, *inputs):
+            _check_apart(out, read)
         return out
 
 
-def _rebuild(w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, num_threads: int, skip_dead: bool) -> NativeFFN:
-    return NativeFFN(w_gate, w_up, w_down_t, num_threads, skip_dead=skip_dead)
+def _rebuild(
+    kind: type[NativeFFN], w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, num_threads: int, skip_dead: bool
+) -> NativeFFN:
+    return kind(w_gate, w_up, w_down_t, num_threads, skip_dead=skip_dead)
 
 
 def _check_weight(name: str, weight: Tensor, shape: torch.Size) -> None:
     if weight.dtype not in WEIGHT_DTYPES or weight.device.type != "cpu":
-        raise ValueError(f"{name} is {weight.dtype} on {weight.device}: native kernels take float32 or bfloat16 on cpu")
+        raise ValueError(
+            f"{name} is {weight.dtype} on {weight.device}: native kernels take float32, bfloat16, float16 on cpu"
+        )
     if weight.ndim != 2 or weight.shape != shape or 0 in weight.shape:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected [F, D] = {tuple(shape)} (down transposed)")
     if not weight.is_contiguous():
@@ -282,3 +310,14 @@ def _check_vector(name: str, vector: Tensor, width: int, tokens: int) -> None:
         f"{name} is {vector.dtype} {tuple(vector.shape)} on {vector.device}, contiguous={vector.is_contiguous()}: "
         f"expected contiguous float32 [{width}] or [{tokens}, {width}] on cpu"
     )
+
+
+def _check_apart(out: Tensor, read: Tensor) -> None:
+    start, other = out.data_ptr(), read.data_ptr()
+    if start < other + 4 * read.numel() and other < start + 4 * out.numel():
+        raise ValueError("out shares memory with an input, which is still read while out is written; pass another")
+
+
+def _refuse(x: Tensor) -> NoReturn:
+    place = tuple(int(i) for i in (~x.isfinite()).nonzero()[0])
+    raise ValueError(f"x holds {float(x[place])} at {list(place)}: a gate of it says nothing, so nothing is computed")

@@ -1,8 +1,14 @@
-// Vectors of float32 and the two inner loops of every kernel: four dot products at a time, four scaled rows at a time.
-// Written on the vector extensions of GCC and Clang, so one source serves AVX-512, AVX2 and anything else.
+// Vectors of float32 and the inner loops of every kernel: dot products and scaled rows, a few at a time. Written on the
+// vector extensions of GCC and Clang, so one source serves AVX-512, AVX2 and anything else.
+//
+// A dot product is summed in one order only, whichever of the loops here computes it: its bits do not depend on its
+// neighbours. The same holds for a sum of scaled rows.
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace prosparse {
 
@@ -13,7 +19,7 @@ constexpr int64_t kLanes = 8;
 #else
 constexpr int64_t kLanes = 4;
 #endif
-constexpr int64_t kStep = 2 * kLanes;    // two accumulators a row hide the latency of the multiply-add
+constexpr int64_t kStep = 2 * kLanes;
 constexpr int64_t kRows = 4;             // rows walked together, so that x or y is read once for four rows
 constexpr int64_t kAheadBytes = 4096;    // prefetch distance of a sequential stream: hardware stops at a page's end
 constexpr int64_t kLineBytes = 64;
@@ -22,6 +28,9 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {  // IEEE 754 binary16
   uint16_t bits;
 };
 
@@ -34,6 +43,21 @@ inline Vec load(const BFloat16* p) {  // a bfloat16 is the upper half of a float
   Halves h;
   std::memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, Words) << 16);
+}
+inline Vec load(const Float16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)h);
+#else  // exact and without denormal float32, which a process may have told its CPU to take for zero
+  const Words half = __builtin_convertvector(h, Words), size = half & 0x7fff, exponent = half & 0x7c00;
+  const Words normal = (size << 13) + (112u << 23), huge = (size << 13) | 0x7f800000u;
+  const Words tiny = (Words)((Vec)(size | 0x3f000000u) - 0.5f);  // 0.5 + size * 2^-24, less 0.5
+  const Words value = exponent == 0x7c00u ? huge : exponent == 0 ? tiny : normal;
+  return (Vec)(value | (half & 0x8000) << 16);
+#endif
 }
 template <class T>
 inline Vec load_part(const T* p, int64_t n) {  // the first n < kLanes values, the rest zero
@@ -56,33 +80,41 @@ inline void prefetch(const T* p) {  // the cache lines that one step of kStep va
     __builtin_prefetch((const char*)p + byte, 0, 2);
 }
 
-// out[r] = dot(row[r], x). While it runs, the rows `ahead` are fetched (nullptr: none).
-template <int R, class T>
-inline void dot_rows(const float* x, const T* const* row, const T* const* ahead, int64_t D, float* out) {
-  Vec even[R], odd[R];
-  for (int r = 0; r < R; r++) even[r] = odd[r] = Vec{};
+// out[r * B + b] = dot(row[r], x[b]). While it runs, A rows `ahead` are fetched.
+template <int R, int B, int A, class T>
+inline void dot_block(const float* const* x, const T* const* row, const T* const* ahead, int64_t D, float* out) {
+  Vec even[R * B], odd[R * B];  // two accumulators hide the latency of the multiply-add
+  for (int i = 0; i < R * B; i++) even[i] = odd[i] = Vec{};
   int64_t k = 0;
   for (; k + kStep <= D; k += kStep) {
-    const Vec x0 = load(x + k), x1 = load(x + k + kLanes);
+    Vec x0[B], x1[B];
+    for (int b = 0; b < B; b++) x0[b] = load(x[b] + k), x1[b] = load(x[b] + k + kLanes);
     for (int r = 0; r < R; r++) {
-      even[r] = even[r] + load(row[r] + k) * x0;
-      odd[r] = odd[r] + load(row[r] + k + kLanes) * x1;
-      if (ahead) prefetch(ahead[r] + k);
+      const Vec w0 = load(row[r] + k), w1 = load(row[r] + k + kLanes);
+      for (int b = 0; b < B; b++) {
+        even[r * B + b] = even[r * B + b] + w0 * x0[b];
+        odd[r * B + b] = odd[r * B + b] + w1 * x1[b];
+      }
     }
+    for (int a = 0; a < A; a++) prefetch(ahead[a] + k);
   }
   for (; k < D; k += kLanes) {
-    const int64_t n = D - k;
-    const Vec x0 = n < kLanes ? load_part(x + k, n) : load(x + k);
+    const int64_t n = D - k < kLanes ? D - k : kLanes;
     for (int r = 0; r < R; r++) {
-      const Vec w = n < kLanes ? load_part(row[r] + k, n) : load(row[r] + k);
-      even[r] = even[r] + w * x0;
+      const Vec w = load_part(row[r] + k, n);
+      for (int b = 0; b < B; b++) even[r * B + b] = even[r * B + b] + w * load_part(x[b] + k, n);
     }
   }
-  for (int r = 0; r < R; r++) out[r] = sum(even[r] + odd[r]);
+  for (int i = 0; i < R * B; i++) out[i] = sum(even[i] + odd[i]);
+}
+// out[r] = dot(row[r], x)
+template <int R, int A, class T>
+inline void dot_rows(const float* x, const T* const* row, const T* const* ahead, int64_t D, float* out) {
+  dot_block<R, 1, A>(&x, row, ahead, D, out);
 }
 
 // y += value[r] * row[r], r in order.
-template <int R, class T>
+template <int R, int A, class T>
 inline void add_rows(float* y, const T* const* row, const float* value, const T* const* ahead, int64_t D) {
   Vec v[R];
   for (int r = 0; r < R; r++) v[r] = splat(value[r]);
@@ -92,18 +124,16 @@ inline void add_rows(float* y, const T* const* row, const float* value, const T*
     for (int r = 0; r < R; r++) {
       y0 = y0 + load(row[r] + k) * v[r];
       y1 = y1 + load(row[r] + k + kLanes) * v[r];
-      if (ahead) prefetch(ahead[r] + k);
     }
+    for (int a = 0; a < A; a++) prefetch(ahead[a] + k);
     store(y + k, y0);
     store(y + k + kLanes, y1);
   }
-  for (; k < D; k++) {
-    float total = y[k];
-    for (int r = 0; r < R; r++) {
-      const Vec w = load_part(row[r] + k, 1);
-      total += w[0] * value[r];
-    }
-    y[k] = total;
+  for (; k < D; k += kLanes) {
+    const int64_t n = D - k < kLanes ? D - k : kLanes;
+    Vec y0 = load_part(y + k, n);
+    for (int r = 0; r < R; r++) y0 = y0 + load_part(row[r] + k, n) * v[r];
+    std::memcpy(y + k, &y0, n * sizeof(float));
   }
 }
 

@@ -1,4 +1,6 @@
-"""Who computes a kernel in a benchmark: dense torch, our own dense kernels, our sparse ones. One interface for all."""
+"""Who computes a kernel in a benchmark: dense torch, our own dense kernels, our sparse ones, and the sparse ones with a
+screened gate. One interface for all.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from kernels.certified import MAX_D_MODEL, CertifiedFFN
 
-PROVIDERS = ("torch", "native_dense", "native")
+PROVIDERS = ("torch", "native_dense", "native", "certified")
+SPARSE = ("native", "certified")
+KERNELS = ("gate", "s2", "s3", "ffn")
+
+
+def computes(provider: str, kernel: str, num_tokens: int) -> bool:
+    """Whether a provider has a way of its own for this: a certified gate is for one token, and S2 and S3 need none."""
+    return provider != "certified" or (kernel in ("gate", "ffn") and num_tokens == 1)
 
 
 @dataclass(frozen=True, eq=False)
 class FFNWeights:
-    """One gated FFN: contiguous ``[F, D]`` each (down transposed), all float32 or all bfloat16, on the CPU."""
+    """One gated FFN: contiguous ``[F, D]`` each (down transposed), of one of ``cpu.WEIGHT_DTYPES``, on the CPU."""
 
     w_gate: Tensor
     w_up: Tensor
@@ -73,13 +83,12 @@ class DenseTorch:
 
 
 class Native:
-    """Our own kernels; ``skip_dead=False`` is our own dense baseline."""
+    """Our own kernels: sparse ones, our own dense baseline, or those with a certified gate."""
 
     dtype = torch.float32
 
-    def __init__(self, weights: FFNWeights, threshold: float, threads: int, *, skip_dead: bool) -> None:
-        self.kernels = cpu.NativeFFN(*weights.tensors, threads, skip_dead=skip_dead)
-        self.threshold = threshold
+    def __init__(self, kernels: cpu.NativeFFN, threshold: float) -> None:
+        self.kernels, self.threshold = kernels, threshold
 
     def gate(self, v: Vectors, out: Tensor | None = None) -> Tensor:
         return self.kernels.gate(v.x, self.threshold, out)
@@ -98,8 +107,11 @@ def make_providers(weights: FFNWeights, threshold: float, threads: int) -> dict[
     """Every provider this machine can have, by name."""
     providers: dict[str, Provider] = {"torch": DenseTorch(weights, threshold)}
     if cpu.available():
-        providers["native_dense"] = Native(weights, threshold, threads, skip_dead=False)
-        providers["native"] = Native(weights, threshold, threads, skip_dead=True)
+        of = weights.tensors
+        providers["native_dense"] = Native(cpu.NativeFFN(*of, threads, skip_dead=False), threshold)
+        providers["native"] = Native(cpu.NativeFFN(*of, threads), threshold)
+        if weights.w_gate.shape[1] <= MAX_D_MODEL:
+            providers["certified"] = Native(CertifiedFFN(*of, threads), threshold)
     return providers
 
 

@@ -153,7 +153,7 @@ def _obstacle(implementation: str, weight: Tensor) -> str | None:
     device, dtype = weight.device.type, weight.dtype
     if implementation == "native":
         if device != "cpu" or dtype not in cpu.WEIGHT_DTYPES:
-            return f"the weights are {dtype} on {device}; native kernels take float32 or bfloat16 on cpu"
+            return f"the weights are {dtype} on {device}; native kernels take float32, bfloat16, float16 on cpu"
         found = cpu.available()
         return None if found else found.why
     if implementation == "triton":

@@ -9,6 +9,7 @@ import torch
 
 from kernels import bench, cpu, measure, providers
 from kernels.bench import FFNWeights, bench_layers, random_case
+from kernels.certified import CertifiedFFN
 
 D, F = 64, 96
 
@@ -27,20 +28,23 @@ def run(dtype=torch.float32, sparsity=0.75, layers=2, **options):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_kernel_and_provider_has_a_row_that_passed_the_gate(native, dtype, threads):
     rows = run(dtype, threads=threads)
-    assert [(row.kernel, row.provider) for row in rows] == [(k, p) for k in bench.KERNELS for p in providers.PROVIDERS]
+    usual = [(k, p) for k in bench.KERNELS for p in ("torch", "native_dense", "native")]
+    assert {(row.kernel, row.provider) for row in rows} == {*usual, ("gate", "certified"), ("ffn", "certified")}
+    assert len(rows) == 14
     for row in rows:
         assert row.gate_passed
-        assert 0 <= row.rel_err < (2e-2 if row.provider == "torch" and dtype == torch.bfloat16 else 1e-5)
+        rounded = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-5) if row.provider == "torch" else 1e-5
+        assert 0 <= row.rel_err < rounded
         assert 0 < row.p20_us <= row.p50_us <= row.p80_us
         assert row.num_reps == 4
         assert (row.d_model, row.d_ff, row.num_tokens, row.threads) == (D, F, 1, threads)
         assert (row.dtype, row.mask_source) == (str(dtype).removeprefix("torch."), "random")
         assert row.timer == ("process_cpu" if threads == 1 else "wall")
         assert row.sparsity == pytest.approx(0.75, abs=0.01)
-        assert (row.limit_speedup is None) == (row.provider != "native")
+        assert (row.limit_speedup is None) == (row.provider in ("torch", "native_dense"))
 
 
 def test_bytes_and_limits_by_hand(native):
@@ -51,6 +55,8 @@ def test_bytes_and_limits_by_hand(native):
     assert rows["gate", "native"].limit_speedup == 1.0
     assert rows["s2", "native"].limit_speedup == pytest.approx((matrix + s2) / (live * matrix + s2))
     assert rows["ffn", "native"].limit_speedup == pytest.approx((3 * matrix + ffn) / ((1 + 2 * live) * matrix + ffn))
+    screened = rows["ffn", "certified"].limit_speedup
+    assert screened == pytest.approx((3 * matrix + ffn) / ((1 / 4 + 3 * live) * matrix + ffn))
     dense = rows["ffn", "torch"]
     assert dense.gbps == pytest.approx((3 * matrix + ffn) / (dense.p50_us * 1e3))
 
@@ -58,6 +64,7 @@ def test_bytes_and_limits_by_hand(native):
 def test_several_tokens_a_call_count_the_neurons_live_for_any_of_them(native):
     one, three = ({(r.kernel, r.provider): r for r in run(num_tokens=n)} for n in (1, 3))
     assert all(row.gate_passed and row.num_tokens == 3 for row in three.values())
+    assert ("ffn", "certified") not in three, "several tokens are not screened"
     assert three["s2", "native"].sparsity == pytest.approx(one["s2", "native"].sparsity)
     assert three["s2", "native"].limit_speedup < one["s2", "native"].limit_speedup
 
@@ -70,21 +77,28 @@ def test_edges_of_sparsity(native, sparsity):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "spoil"),
+    ("kernel", "provider", "spoil"),
     [
-        ("ffn", lambda y: y * 1.001),
-        ("s2", lambda y: y.index_fill(-1, torch.tensor(0), math.nan)),
-        ("gate", lambda y: y.roll(1, -1)),
+        ("ffn", "native", lambda y: y * 1.001),
+        ("s2", "native", lambda y: y.index_fill(-1, torch.tensor(0), math.nan)),
+        ("gate", "native", lambda y: y.roll(1, -1)),
+        ("ffn", "certified", lambda y: y * 1.001),
     ],
 )
-def test_a_wrong_kernel_is_reported_without_times(native, monkeypatch, kernel, spoil):
+def test_a_wrong_kernel_is_reported_without_times(native, monkeypatch, kernel, provider, spoil):
+    wrong_kind = CertifiedFFN if provider == "certified" else cpu.NativeFFN
     right = getattr(providers.Native, kernel)
-    monkeypatch.setattr(
-        providers.Native, kernel, lambda self, v, out=None: spoil(right(self, v, out)) if self.kernels.skip_dead
-        else right(self, v, out)
-    )  # fmt: skip
+
+    def spoilt(self, v, out=None):
+        return (
+            spoil(right(self, v, out))
+            if type(self.kernels) is wrong_kind and self.kernels.skip_dead
+            else right(self, v, out)
+        )
+
+    monkeypatch.setattr(providers.Native, kernel, spoilt)
     rows = {(row.kernel, row.provider): row for row in run()}
-    wrong = rows[kernel, "native"]
+    wrong = rows[kernel, provider]
     assert not wrong.gate_passed
     assert not wrong.rel_err <= 1e-5
     assert wrong.num_reps == 0
@@ -105,11 +119,17 @@ def test_without_native_kernels_torch_is_still_measured_and_the_rest_said(monkey
     monkeypatch.setattr(cpu, "available", lambda: missing)
     with caplog.at_level(logging.WARNING):
         rows = run()
-    assert len(rows) == 12
+    assert len(rows) == 14
     assert "not measured: no compiler" in caplog.text
     for row in rows:
         assert row.gate_passed == (row.provider == "torch")
         assert math.isnan(row.p50_us) == (row.provider != "torch")
+
+
+def test_only_the_kernels_asked_for_are_measured(native):
+    rows = run(kernels=("ffn",), num_tokens=2)
+    assert [(row.kernel, row.provider) for row in rows] == [("ffn", p) for p in ("torch", "native_dense", "native")]
+    assert all(row.gate_passed and row.num_reps == 4 for row in rows)
 
 
 def test_the_budget_ends_the_rounds_and_progress_reaches_the_end(native):
@@ -161,7 +181,9 @@ def good() -> dict:
         ({"num_tokens": 9}, "at least 9"),
         ({"num_tokens": 0}, "at least 1"),
         ({"repeats": 0}, "at least 1"),
-        ({"layers": [FFNWeights(*[torch.zeros(F, D).half()] * 3)]}, "float32 or bfloat16"),
+        ({"layers": [FFNWeights(*[torch.zeros(F, D).double()] * 3)]}, "float32, bfloat16 or float16"),
+        ({"kernels": ("s2", "s4")}, "kernels are s2, s4: some of gate, s2, s3, ffn"),
+        ({"kernels": ()}, "kernels are none"),
         ({"layers": [FFNWeights(torch.zeros(F, D), torch.zeros(F, D), torch.zeros(D, F))]}, "layer 0 has weights"),
     ],
 )
