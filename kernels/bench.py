@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,7 +133,6 @@ def bench_layers(
     if not (found := cpu.available()):
         logger.warning("the native kernels are not measured: %s", found.why)
     with torch_threads(threads), torch.no_grad():
-        work, shares = _prepare(layers, inputs, thresholds, threads, num_tokens)
         dtype = layers[0].w_gate.dtype
         results = {
             (kernel, name): _Result(_tolerance(name, dtype))
@@ -141,6 +140,8 @@ def bench_layers(
             for name in PROVIDERS
             if computes(name, kernel, num_tokens)
         }
+        names = {name for _, name in results}
+        work, shares = _prepare(layers, inputs, thresholds, threads, num_tokens, names)
         for layer in work[: len(layers)]:
             _gate(layer, results)
         timer, now = clock(threads)
@@ -194,7 +195,12 @@ def _check(
 
 
 def _prepare(
-    layers: Sequence[FFNWeights], inputs: Sequence[Tensor], thresholds: Sequence[float], threads: int, num_tokens: int
+    layers: Sequence[FFNWeights],
+    inputs: Sequence[Tensor],
+    thresholds: Sequence[float],
+    threads: int,
+    num_tokens: int,
+    names: Collection[str],
 ) -> tuple[list[_Layer], _Shares]:
     """Every layer with its providers and calls; copied until the set is twice the last-level cache."""
     weight = layers[0].w_gate
@@ -215,7 +221,7 @@ def _prepare(
     for copy in range(copies):
         for layer, threshold, by_dtype in zip(layers, thresholds, all_calls, strict=True):
             same = layer if copy == 0 else FFNWeights(*(w.clone() for w in layer.tensors))
-            work.append(_Layer(same, threshold, make_providers(same, threshold, threads), by_dtype))
+            work.append(_Layer(same, threshold, make_providers(same, threshold, threads, names), by_dtype))
     return work, _Shares(float(np.mean(zeros)), float(np.mean(live)))
 
 

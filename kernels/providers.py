@@ -4,6 +4,7 @@ screened gate. One interface for all.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,16 +104,22 @@ class Native:
         return self.kernels.ffn(v.x, self.threshold, out)
 
 
-def make_providers(weights: FFNWeights, threshold: float, threads: int) -> dict[str, Provider]:
-    """Every provider this machine can have, by name."""
-    providers: dict[str, Provider] = {"torch": DenseTorch(weights, threshold)}
-    if cpu.available():
-        of = weights.tensors
-        providers["native_dense"] = Native(cpu.NativeFFN(*of, threads, skip_dead=False), threshold)
-        providers["native"] = Native(cpu.NativeFFN(*of, threads), threshold)
-        if weights.w_gate.shape[1] <= MAX_D_MODEL:
-            providers["certified"] = Native(CertifiedFFN(*of, threads), threshold)
-    return providers
+def make_providers(
+    weights: FFNWeights, threshold: float, threads: int, names: Collection[str] = PROVIDERS
+) -> dict[str, Provider]:
+    """Those of the ``names`` that this machine and these weights can have."""
+    of, made = weights.tensors, dict[str, Provider]()
+    if "torch" in names:
+        made["torch"] = DenseTorch(weights, threshold)
+    if not cpu.available():
+        return made
+    if "native_dense" in names:
+        made["native_dense"] = Native(cpu.NativeFFN(*of, threads, skip_dead=False), threshold)
+    if "native" in names:
+        made["native"] = Native(cpu.NativeFFN(*of, threads), threshold)
+    if "certified" in names and weights.w_gate.shape[1] <= MAX_D_MODEL:
+        made["certified"] = Native(CertifiedFFN(*of, threads), threshold)
+    return made
 
 
 def random_case(

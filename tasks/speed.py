@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from kernels.bench import FFNWeights, Row
     from prosparse_core.recording import Recording
 
-VERSION = 1
+VERSION = 2
 KERNELS = ("s2", "s3", "ffn")
-RECORDED_SHARE, RANDOM_SHARE, DECODE_SHARE = 0.5, 0.15, 0.35
+BATCHES = (2, 4, 8)
+"""Tokens at once, besides one: the whole FFN on the neurons that live for any of them."""
+RECORDED_SHARE, BATCH_SHARE, RANDOM_SHARE, DECODE_SHARE = 0.4, 0.1, 0.15, 0.35
 """Of ``speed.budget_s``."""
 PROMPT_TOKENS = 32
 
@@ -93,6 +95,23 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
             progress=report.part("kernels", 0.0, RECORDED_SHARE),
         )
         report.kernels(rows)
+        batches = [n for n in BATCHES if n <= min(len(x) for x in inputs)]
+        for i, num_tokens in enumerate(batches):
+            share = BATCH_SHARE / len(batches)
+            rows = bench_layers(
+                weights,
+                inputs,
+                thresholds,
+                mask_source="recorded",
+                kernels=("ffn",),
+                threads=section.threads,
+                num_tokens=num_tokens,
+                budget_s=share * section.budget_s,
+                progress=report.part(f"{num_tokens} tokens at once", RECORDED_SHARE + i * share, share),
+            )
+            report.kernels(rows)
+        if missing := set(BATCHES) - set(batches):
+            work.progress.note(f"not measured with {max(missing)} tokens at once: speed.num_tokens is too small")
         if random := _random_inputs(weights, recording, run.recipe.seed):
             random_rows = bench_layers(
                 weights,
@@ -100,7 +119,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
                 mask_source="random",
                 threads=section.threads,
                 budget_s=RANDOM_SHARE * section.budget_s,
-                progress=report.part("random masks", RECORDED_SHARE, RANDOM_SHARE),
+                progress=report.part("random masks", RECORDED_SHARE + BATCH_SHARE, RANDOM_SHARE),
             )
             report.kernels(random_rows)
         else:
@@ -113,7 +132,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
             num_new=section.decode_tokens,
             threads=section.threads,
             budget_s=DECODE_SHARE * section.budget_s,
-            progress=report.part("decode", RECORDED_SHARE + RANDOM_SHARE, DECODE_SHARE),
+            progress=report.part("decode", RECORDED_SHARE + BATCH_SHARE + RANDOM_SHARE, DECODE_SHARE),
         )
     sparsity = sum(layer.sparsity for layer in recording.layers) / len(recording.layers)
     report.decoding(model, decoded, sparsity)
@@ -176,6 +195,8 @@ class _Reporter:
         self._speedup: dict[str, float | None] = dict.fromkeys((*KERNELS, "decode"))
         self._over_own_dense: dict[str, float | None] = dict.fromkeys(KERNELS)
         self._limit: dict[str, float | None] = dict.fromkeys((*KERNELS, "decode"))
+        self._certified: float | None = None
+        self._batches: dict[str, float | None] = {}
         self._reasons: dict[str, str] = {}
         self._failed: list[str] = []
         self._sparsity = math.nan
@@ -191,17 +212,23 @@ class _Reporter:
         return report
 
     def kernels(self, rows: Sequence[Row]) -> None:
-        """One fact per row; those of recorded masks also decide the speed-ups."""
+        """One fact per row; those of recorded masks also decide the speed-ups, of one token and of several."""
         found = {(row.kernel, row.provider): row for row in rows}
         for row in rows:
             missing = row.provider != "torch" and self._no_native
             note = missing or (None if row.gate_passed else "failed the correctness gate")
             if note and not missing:
-                self._failed.append(f"{row.kernel} of {row.provider} ({row.mask_source} masks)")
+                self._failed.append(
+                    f"{row.kernel} of {row.provider} ({row.mask_source} masks, {row.num_tokens} at once)"
+                )
             self._work.fact("speed", **_finite(asdict(row)), **self._columns, cache="cold", note=note)
         if rows[0].mask_source != "recorded":
             return
+        if rows[0].num_tokens > 1:
+            self._batches[str(rows[0].num_tokens)] = _ratio(found["ffn", "torch"], found["ffn", "native"])
+            return
         self._sparsity = rows[0].sparsity
+        self._certified = _ratio(found["ffn", "torch"], found["ffn", "certified"])
         for kernel in KERNELS:
             native = found[kernel, "native"]
             self._limit[kernel] = _number(native.limit_speedup)
@@ -251,12 +278,17 @@ class _Reporter:
         )
 
     def finish(self) -> None:
-        """``gate_passed``: nothing that ran disagreed with its reference; ``reasons``: why a speed-up is None."""
+        """``gate_passed``: nothing that ran disagreed with its reference; ``reasons``: why a speed-up is None.
+
+        ``speedup_certified`` is that of the FFN with a screened gate, ``speedup_batches`` that of the FFN by tokens.
+        """
         for failure in self._failed:
             self._work.progress.note(f"correctness gate failed: {failure}")
         self._work.meta.update(
             speedup=self._speedup,
             speedup_over_own_dense=self._over_own_dense,
+            speedup_certified=self._certified,
+            speedup_batches=self._batches,
             limit=self._limit,
             implementation=self._implementation,
             gate_passed=not self._failed,

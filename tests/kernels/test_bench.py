@@ -145,9 +145,10 @@ def test_the_budget_ends_the_rounds_and_progress_reaches_the_end(native):
 
 def test_small_layers_are_copied_until_they_exceed_the_cache(native):
     made = random_case(D, F, 0.5, torch.float32)
-    work, _ = bench._prepare([made[0]], [made[1]], [made[2]], 1, 1)
+    work, _ = bench._prepare([made[0]], [made[1]], [made[2]], 1, 1, ("torch", "native"))
     num_bytes = 3 * 4 * D * F
     assert len(work) * num_bytes >= 2 * (64 << 10) > (len(work) - 1) * num_bytes
+    assert all(set(layer.providers) == {"torch", "native"} for layer in work)
     assert len({layer.weights.w_gate.data_ptr() for layer in work}) == len(work)
     assert all(torch.equal(layer.weights.w_up, made[0].w_up) for layer in work)
 

@@ -48,13 +48,22 @@ def test_every_kernel_and_decoding_with_their_conditions(base: Any, variant: Var
     artifact = speed(run, variant, base.corpora)
     assert torch.get_num_threads() == threads
     rows, meta = facts(artifact), artifact.meta()
-    found = {(r["mask_source"], r["kernel"], r["provider"]): r for r in rows}
-    assert len(found) == len(rows) == 2 * 4 * 3 + 2
+    found = {(r["mask_source"], r["kernel"], r["provider"]): r for r in rows if r["num_tokens"] == 1}
+    batches = {(r["num_tokens"], r["provider"]): r for r in rows if r["num_tokens"] > 1}
+    assert set(batches) == {(n, p) for n in (2, 4, 8) for p in ("torch", "native_dense", "native")}
+    assert len(found) + len(batches) == len(rows) == 2 * (4 * 3 + 2) + 3 * 3 + 2
+    for n in (2, 4, 8):
+        dense, sparse = batches[n, "torch"], batches[n, "native"]
+        assert (sparse["kernel"], sparse["mask_source"]) == ("ffn", "recorded")
+        assert meta["speedup_batches"][str(n)] == dense["p50_us"] / sparse["p50_us"]
+    screened = found["recorded", "ffn", "certified"]
+    assert meta["speedup_certified"] == found["recorded", "ffn", "torch"]["p50_us"] / screened["p50_us"]
+    assert screened["limit_speedup"] > found["recorded", "ffn", "native"]["limit_speedup"]
     for r in rows:
         assert r["gate_passed"] is True
         assert 0 < r["p20_us"] <= r["p50_us"] <= r["p80_us"]
         assert (r["d_model"], r["d_ff"], r["dtype"], r["threads"]) == (48, 101, "float32", 1)
-        assert (r["timer"], r["num_tokens"], r["device"], r["variant"]) == ("process_cpu", 1, "cpu", variant.id)
+        assert (r["timer"], r["device"], r["variant"]) == ("process_cpu", "cpu", variant.id)
         assert r["cpu"]
         assert r["num_reps"] >= 3
     recorded, random = (found[m, "s2", "native"]["sparsity"] for m in ("recorded", "random"))
@@ -98,8 +107,10 @@ def test_without_a_compiler_the_step_succeeds_and_says_why(
     assert any(why in note for note in seen.notes)
     timed = {r["provider"] for r in rows if r["p50_us"] is not None}
     assert timed == {"torch", "transformers_dense"}
+    assert meta["speedup_certified"] is None
+    assert meta["speedup_batches"] == dict.fromkeys(("2", "4", "8"))
     for r in rows:
-        if r["provider"].startswith("native"):
+        if r["provider"].startswith("native") or r["provider"] == "certified":
             assert r["gate_passed"] is False
             assert why in r["note"]
 
@@ -111,7 +122,8 @@ def test_a_failed_gate_gives_no_speedup(base: Any, variant: Variant, monkeypatch
     def failing(*args: Any, **settings: Any) -> list[Row]:
         bad = {"gate_passed": False, "rel_err": math.inf, "p20_us": math.nan, "p50_us": math.nan, "p80_us": math.nan}
         rows = bench(*args, **settings)
-        return [replace(r, **bad) if (r.kernel, r.provider) == ("s3", "native") else r for r in rows]
+        wrong = {("s3", "native"), ("ffn", "certified")}
+        return [replace(r, **bad) if (r.kernel, r.provider) in wrong else r for r in rows]
 
     monkeypatch.setattr(kernels.bench, "bench_layers", failing)
     right = sparse_ffn.SparseFFN.forward
@@ -122,6 +134,7 @@ def test_a_failed_gate_gives_no_speedup(base: Any, variant: Variant, monkeypatch
     assert meta["gate_passed"] is False
     assert meta["speedup"]["s3"] is None
     assert meta["speedup"]["decode"] is None
+    assert meta["speedup_certified"] is None
     assert meta["speedup"]["s2"] > 0
     assert set(meta["reasons"]) == {"s3", "decode"}
     rows = {(r["mask_source"], r["kernel"], r["provider"]): r for r in facts(artifact)}
@@ -131,13 +144,21 @@ def test_a_failed_gate_gives_no_speedup(base: Any, variant: Variant, monkeypatch
     assert decode["gate_passed"] is False
     assert decode["p50_us"] is None
     assert decode["note"] == meta["reasons"]["decode"]
-    assert sum("correctness gate failed" in note for note in seen.notes) == 3
+    assert sum("correctness gate failed" in note for note in seen.notes) == 5
 
 
 def test_an_activation_without_zeros_is_refused(base: Any) -> None:
     run, _ = base.run(speed={**SECTION, "num_tokens": 3})
     with pytest.raises(BadInput, match="no exact zeros"):
         speed(run, Variant("original", base.dense, "original"), base.corpora)
+
+
+def test_a_recording_too_small_for_eight_tokens_says_so(base: Any, variant: Variant) -> None:
+    native()
+    run, seen = base.run(speed={**SECTION, "num_tokens": 4})
+    meta = speed(run, variant, base.corpora).meta()
+    assert set(meta["speedup_batches"]) == {"2", "4"}
+    assert any("8 tokens at once" in note for note in seen.notes)
 
 
 def test_random_masks_have_the_recorded_sparsity_or_are_not_made() -> None:
