@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ def export_hf_relu(variant: Variant, target: Path, *, strict: bool = False) -> P
     thresholds = variant.layer_thresholds() or [0.0]
     notes = (
         (
-            f"thresholds from {min(thresholds):g} to {max(thresholds):g} are left out: plain ReLU is the model before "
-            "threshold shifting (prosparse_star)",
+            f"thresholds ({range_text(thresholds)}) are left out: plain ReLU is the model before threshold shifting "
+            "(prosparse_star)",
         )
         if any(thresholds)
         else ()
@@ -86,8 +86,8 @@ def export_vllm(variant: Variant, target: Path, *, strict: bool = False) -> Plai
         assert best is not None, "there are thresholds"
         threshold = best
         notes = (
-            f"vLLM has one threshold for all layers: {threshold:g}, the best such, instead of {min(per_layer):g} to "
-            f"{max(per_layer):g} by layer",
+            f"vLLM has one threshold for all layers: {threshold:g}, the best such, instead of "
+            f"{range_text(per_layer)} by layer",
         )
     _refuse(notes, strict)
     readme = _readme("vLLM", f"    vllm serve {target.name}\n\n", threshold, notes)
@@ -151,6 +151,11 @@ def refuse_vllm(config: Mapping[str, Any]) -> None:
             "vLLM runs FATReLU in MiniCPM's form only, which has no " + "; no ".join(found),
             hint="use prosparse export --to hf instead",
         )
+
+
+def range_text(values: Sequence[float]) -> str:
+    """``0.2``, or ``0 to 0.2`` where they differ."""
+    return f"{min(values):g}" if len(set(values)) == 1 else f"{min(values):g} to {max(values):g}"
 
 
 def _checked(variant: Variant, target: Path) -> Path:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prosparse_core import predictor as predictors_of
 from prosparse_core.errors import BadInput, ProSparseError
-from prosparse_core.powerinfer import Dtype, one_threshold, refuse, scaled, write_powerinfer
+from prosparse_core.export_plain import range_text
+from prosparse_core.powerinfer import Dtype, one_threshold, padded_neurons, refuse, scaled, write_powerinfer
 from prosparse_core.powerinfer_reader import PowerInferModel
 from prosparse_core.powerinfer_verify import require_valid
 from prosparse_core.predictor import LayerPredictor
@@ -39,6 +40,7 @@ class PowerInferExport:
     exact_perplexity: float
     """Of the same model without predictors."""
     predicted_sparsity: float
+    """Share of the model's neurons that the file skips in the last window; mean over layers, without padding."""
     num_tokens: int
     notes: tuple[str, ...]
     """Where the file is not the model it was made of (``strict`` refuses these); empty when it is."""
@@ -126,11 +128,18 @@ def export_powerinfer(
         perplexity,
         torch_perplexity,
         exact_perplexity,
-        sum(reader.predicted_sparsity) / len(reader.predicted_sparsity),
+        _without_padding(reader.predicted_sparsity, int(config["intermediate_size"]), threshold),
         num_tokens,
         notes,
         vocabulary.notes,
     )
+
+
+def _without_padding(in_file: Sequence[float], d_ff: int, threshold: float) -> float:
+    """From shares of the file's neurons to shares of the model's: those added score 0."""
+    added = padded_neurons(d_ff) - d_ff
+    computed = [(1 - share) * (d_ff + added) - (added if threshold <= 0 else 0) for share in in_file]
+    return 1 - sum(computed) / len(computed) / d_ff
 
 
 def _cutoffs(meta: dict[str, Any], cutoff: float | None, num_layers: int) -> list[float]:
@@ -145,8 +154,9 @@ def _threshold_notes(variant: Variant) -> tuple[str, ...]:
     thresholds = variant.layer_thresholds() or [0.0]
     if not any(thresholds):
         return ()
-    text = f"{min(thresholds):g}" if len(set(thresholds)) == 1 else f"{min(thresholds):g} to {max(thresholds):g}"
-    return (f"FATReLU's threshold {text} is not expressible in this format: the file runs ReLU (t = 0)",)
+    return (
+        f"FATReLU's threshold {range_text(thresholds)} is not expressible in this format: the file runs ReLU (t = 0)",
+    )
 
 
 def _refuse_notes(notes: Sequence[str], strict: bool) -> None:

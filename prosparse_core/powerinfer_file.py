@@ -85,12 +85,14 @@ def read_gguf(path: Path) -> GGUF:
     """The structure of a file with any four bytes at its beginning.
 
     Raises:
-        BadInput: not the structure of a GGUF file, or cut off.
+        BadInput: not readable, not the structure of a GGUF file, or cut off.
     """
     try:
         with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path).read()
-    except (OSError, ValueError, struct.error, IndexError, KeyError, MemoryError) as error:
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, struct.error, IndexError, KeyError, MemoryError) as error:
         raise BadInput(f"{path} has not the structure of a GGUF file: {error!r}") from error
 
 

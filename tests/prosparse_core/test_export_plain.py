@@ -183,7 +183,7 @@ def test_plain_relu_runs_in_transformers_itself(tmp_path: Path, tokenizer: Any, 
 
 def test_thresholds_of_zero_are_plain_relu_and_others_are_left_out_aloud(tmp_path: Path, tokenizer: Any) -> None:
     variant = make(tmp_path, tokenizer, [0.0, 0.1, 0.2])
-    with pytest.raises(BadInput, match=r"--strict: thresholds from 0 to 0\.2 are left out"):
+    with pytest.raises(BadInput, match=r"--strict: thresholds \(0 to 0\.2\) are left out"):
         export_hf_relu(variant, tmp_path / "relu", strict=True)
     found = export_hf_relu(variant, tmp_path / "relu")
     assert "prosparse_star" in found.notes[0]

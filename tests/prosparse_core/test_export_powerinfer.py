@@ -16,10 +16,11 @@ from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.export_powerinfer import PowerInferExport, export_powerinfer
 from prosparse_core.powerinfer_file import read_gguf
 from prosparse_core.powerinfer_verify import verify
-from prosparse_core.predictor_mask import logit
+from prosparse_core.predictor_mask import PredictedMask, logit
+from prosparse_core.recording import record
 from prosparse_core.store import Artifact
 from prosparse_core.thresholds import THRESHOLDS
-from prosparse_core.variants import Variant
+from prosparse_core.variants import Variant, load_model
 
 WINDOWS = [tokens(batch=1, length=n, seed=n, vocab=40) for n in (30, 21)]
 
@@ -71,6 +72,20 @@ def test_the_file_computes_what_the_predictors_do_in_torch(
     assert written == pytest.approx(found.sparse_threshold)
     if threshold is not None:
         assert found.sparse_threshold == threshold
+
+
+@pytest.mark.parametrize("cutoff", [0.45, 0.5, 0.55])
+def test_predicted_sparsity_is_of_the_models_neurons(model: Path, tmp_path: Path, cutoff: float) -> None:
+    """53 of the file's 1024; the others are computed where the threshold is not above 0."""
+    found = export(model, tmp_path, meta={"input": "pre_norm"}, cutoff=cutoff)
+    relu, _ = load_model(model / "model")
+    shares = []
+    with PredictedMask(relu, random_predictors(), [cutoff] * 3, "pre_norm"):
+        seen = record(relu, WINDOWS[-1:], num_tokens=99, precision="fp32", dtype=torch.float32, source="pre_norm")
+    for layer, one in zip(seen.layers, random_predictors(), strict=True):
+        with torch.no_grad():
+            shares.append(float((one(layer.inputs) < logit(cutoff)).float().mean()))
+    assert found.predicted_sparsity == pytest.approx(sum(shares) / 3, abs=0.01)
 
 
 @pytest.mark.parametrize(

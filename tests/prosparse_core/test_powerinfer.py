@@ -221,6 +221,9 @@ def test_a_file_cut_off_in_its_header_is_refused(path: Path, whole: bytes, lengt
     path.write_bytes(whole[:length])
     with pytest.raises(BadInput, match="has not the structure of a GGUF file"):
         verify(path)
+    path.unlink()
+    with pytest.raises(BadInput, match=r"cannot read .*m\.gguf: No such file"):
+        verify(path)
 
 
 def test_a_name_or_a_key_twice_is_refused(path: Path, whole: bytes) -> None:
