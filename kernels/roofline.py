@@ -203,7 +203,8 @@ def beside_published(gpus: Sequence[Gpu] = GPUS, assumptions: Assumptions | None
     for gpu in gpus:
         for entry in PUBLISHED:
             live = None if entry.sparsity_pct is None else 1.0 - entry.sparsity_pct / 100.0
-            for kernel, published_us in (("s2", entry.s2_us), ("s3", entry.s3_us), ("ffn", None)):
+            for kernel in KERNELS if live is not None else ("s2", "s3", "ffn"):
+                published_us = {"s2": entry.s2_us, "s3": entry.s3_us}.get(kernel)
                 found = asdict(predict(gpu, shapes[entry.model], kernel, live, assumptions=assumptions))
                 same_gpu = gpu.name.startswith("A100")  # the paper's
                 rows.append(

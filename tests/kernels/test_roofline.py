@@ -75,6 +75,13 @@ def test_an_exact_ffn_cannot_gain_more_than_its_gate_allows():
     assert dense.predicted_us / predict(A100, LLAMA_7B, "ffn", 0.1068).predicted_us == pytest.approx(2.34, abs=0.05)
 
 
+def test_the_ffn_is_its_launches():
+    whole, k1, k2 = (predict(A100, LLAMA_7B, kernel, 0.1068) for kernel in ("ffn", "k1", "k2"))
+    assert whole.num_launches == k1.num_launches + k2.num_launches + 2, "a clear and a cast"
+    small = whole.predicted_us - k1.predicted_us - k2.predicted_us
+    assert 2 * Assumptions().launch_us < small < 2 * Assumptions().launch_us + 0.1
+
+
 def test_a_list_that_overflows_costs_the_whole_of_down():
     below, above = (predict(A100, LLAMA_7B, "k2", live, num_tokens=8).num_bytes for live in (0.5, 0.51))
     assert above > 1.9 * below
@@ -93,7 +100,8 @@ def test_what_is_called_published_is_what_the_paper_says():
 
 def test_predictions_stand_beside_published_times_of_the_same_gpu_alone():
     rows = beside_published()
-    assert len(rows) == len(GPUS) * len(PUBLISHED) * 3
+    num_sparse = sum(entry.sparsity_pct is not None for entry in PUBLISHED)
+    assert len(rows) == len(GPUS) * (len(PUBLISHED) * 3 + num_sparse * 2)
     for row in rows:
         assert row["kind"] == "predicted"
         assert not {"p50_us", "value", "num_reps"} & row.keys(), "nothing that looks like a measurement"

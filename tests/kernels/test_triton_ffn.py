@@ -42,6 +42,7 @@ def poisoned(*shape, **options):  # every buffer starts as NaN (or a wild index)
 
 
 torch.empty = poisoned
+torch.empty_like = lambda like: poisoned(like.shape, dtype=like.dtype)
 report = []
 for d_model, d_ff, dtype, sparsity, deterministic, tokens in json.loads(sys.argv[1]):
     made = make_case(d_model, d_ff, getattr(torch, dtype), sparsity, tokens=tokens)
