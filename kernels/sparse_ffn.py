@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import cpu, reference
+from kernels import certified, cpu, reference
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "native", "triton", "reference", "dense")
+IMPLEMENTATIONS = ("auto", "native", "certified", "triton", "reference", "dense")
 MAX_SPARSE_ROWS = 8  # beyond, most neurons live for some row and one dense product is faster
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _already_said: set[str] = set()
@@ -30,9 +30,11 @@ class SparseFFN(nn.Module):
 
     Up to ``MAX_SPARSE_ROWS`` rows go to the picked implementation, more (prefill) to dense torch, as do inputs that
     need a gradient. ``implementation="auto"`` takes triton on a CUDA device and native on the CPU; where that one is
-    missing, dense torch, with one warning. An implementation asked for by name that this machine or dtype cannot have
-    raises RuntimeError instead. ``.implementation`` is the pick and ``.why`` the reason. Moving or casting the module
-    picks anew. Raises ValueError on wrong shapes, an unknown implementation or a bad threshold.
+    missing, dense torch, with one warning. "certified" is native with a screened gate: the same bits, faster for one
+    row of float32 weights, and one more byte of memory for each weight of the gate. An implementation asked for by
+    name that this machine or dtype cannot have raises RuntimeError instead. ``.implementation`` is the pick and
+    ``.why`` the reason. Moving or casting the module picks anew. Raises ValueError on wrong shapes, an unknown
+    implementation or a bad threshold, and where ``x`` holds a NaN or an infinity and native kernels are to compute it.
     """
 
     w_gate: Tensor
@@ -115,6 +117,9 @@ class SparseFFN(nn.Module):
     def _make(self, implementation: str) -> Callable[[Tensor], Tensor]:
         if implementation == "native":
             return _Native(cpu.NativeFFN(self.w_gate, self.w_up, self.w_down_t, self.num_threads), self.threshold)
+        if implementation == "certified":
+            screened = certified.CertifiedFFN(self.w_gate, self.w_up, self.w_down_t, self.num_threads)
+            return _Native(screened, self.threshold)
         if implementation == "triton":
             from kernels.triton_ffn import TritonFFN
 
@@ -151,9 +156,11 @@ class _Reference:
 def _obstacle(implementation: str, weight: Tensor) -> str | None:
     """What forbids this implementation for such weights on this machine, or None."""
     device, dtype = weight.device.type, weight.dtype
-    if implementation == "native":
+    if implementation in ("native", "certified"):
         if device != "cpu" or dtype not in cpu.WEIGHT_DTYPES:
             return f"the weights are {dtype} on {device}; native kernels take float32, bfloat16, float16 on cpu"
+        if implementation == "certified" and weight.shape[1] > certified.MAX_D_MODEL:
+            return f"d_model is {weight.shape[1]}; a certified gate takes at most {certified.MAX_D_MODEL}"
         found = cpu.available()
         return None if found else found.why
     if implementation == "triton":

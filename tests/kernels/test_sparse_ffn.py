@@ -24,7 +24,7 @@ def truth(made, rows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 2, MAX_SPARSE_ROWS, MAX_SPARSE_ROWS + 1, 20])
-@pytest.mark.parametrize("implementation", ["auto", "native", "reference", "dense"])
+@pytest.mark.parametrize("implementation", ["auto", "native", "certified", "reference", "dense"])
 def test_every_implementation_agrees_for_few_rows_and_many(case, error, native, implementation, rows):
     module, made = make(case, implementation)
     assert error(module(made.x[:rows]), truth(made, made.x[:rows])) < 2e-6
@@ -62,8 +62,9 @@ def test_the_output_has_the_dtype_of_the_input(case, error, native, dtype):
         assert error(y, truth(made, x)) < {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 2e-6)
 
 
-def test_bfloat16_weights_lose_nothing_more(case, error, native):
-    module, made = make(case, "auto", torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_16_bits_lose_nothing_more(case, error, native, dtype):
+    module, made = make(case, "auto", dtype)
     assert module.implementation == "native"
     assert error(module(made.x[:2]), truth(made, made.x[:2])) < 2e-6
 
@@ -82,7 +83,7 @@ def test_a_dtype_the_kernels_do_not_take_falls_back_with_one_warning(case, error
     assert "implementation=dense" in repr(module)
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
+@pytest.mark.parametrize("name", ["native", "certified", "triton"])
 def test_an_implementation_asked_for_by_name_never_falls_back(case, name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=f"implementation '{name}' cannot be used"):
@@ -102,19 +103,32 @@ def test_inputs_that_need_a_gradient_take_the_differentiable_path(case, native):
         assert not module(x).requires_grad
 
 
-def test_moving_casting_copying_and_editing_keep_it_right(case, error, native):
-    module, made = make(case, "auto")
+def test_a_screened_gate_changes_no_bit(case, native):
+    module, made = make(case, "certified")
+    plain, _ = make(case, "native")
+    for rows in (made.x[:1], made.x[:8]):
+        assert torch.equal(module(rows), plain(rows))
+    assert "implementation=certified (asked for)" in repr(module)
+    wide = torch.zeros(1, 65537)
+    with pytest.raises(RuntimeError, match="takes at most 65536"):
+        SparseFFN(wide, wide, wide.T, 0.0, "certified")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "certified"])
+def test_moving_casting_copying_and_editing_keep_it_right(case, error, native, implementation):
+    module, made = make(case, implementation)
     expected = truth(made, made.x[:2])
     twin = copy.deepcopy(module)
     module.w_gate.zero_()
     assert module(made.x[:2]).abs().max() == 0, "an edit in place is seen by the kernels"
     assert error(twin(made.x[:2]), expected) < 2e-6, "a copy has weights of its own"
     half = copy.deepcopy(twin).to(torch.bfloat16)
-    assert half.implementation == "native"
+    assert half.implementation == module.implementation
     live = reference.kept(made.x[:2].double() @ half.w_gate.double().T, made.threshold)
     weights = (half.w_gate, half.w_up, half.w_down_t)
     assert error(half(made.x[:2]), reference.ffn(made.x[:2], *weights, live=live, accumulate=WIDE)) < 2e-6
-    assert copy.deepcopy(twin).double().implementation == "dense"
+    if implementation == "auto":
+        assert copy.deepcopy(twin).double().implementation == "dense"
 
 
 def test_it_replaces_a_linear_gated_ffn_with_relu(error, native):
