@@ -4,7 +4,7 @@ RECIPE ?= smollm2-135m
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup run test check bench clean
+.PHONY: setup run test check sanitize bench clean
 
 setup: $(READY)
 
@@ -25,6 +25,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m 'not slow'
+
+sanitize: setup
+	$(BIN)/python -m pytest tests/kernels/test_sanitized.py
 
 bench: setup
 	$(BIN)/prosparse run $(RECIPE) --force speed
