@@ -171,7 +171,7 @@ def test_variants_and_digests_of_the_ledger(base: Any, tmp_path: Path) -> None:
         assert target.model.id == "tiny"
         evaluate(run, found, None)
         assert run.history[-1][2] == "cached", "the same thing, measured the same way"
-    with pytest.raises(BadInput, match="was measured as 2 variants") as caught:
+    with pytest.raises(BadInput, match=r"was measured as \d+ variants") as caught:
         find_checkpoint(digest[:10], base.home)
     assert f"shifted_relu@{digest[:8]}" in str(caught.value.hint)
 
