@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,18 @@ def _build(work: Work, model: Model, seed: int) -> None:
         _from_pretrained(model, target, work)
     config = check_folder(target)
     check_tokenizer(target)
-    work.meta.update(
-        model_type=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        d_ff=config["intermediate_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-    )
+    work.meta.update(sizes_of(config))
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What tables say of a model, from its config.json."""
+    return {
+        "model_type": config["model_type"],
+        "num_layers": config["num_hidden_layers"],
+        "d_model": config["hidden_size"],
+        "d_ff": config["intermediate_size"],
+        "tied": bool(config.get("tie_word_embeddings", False)),
+    }
 
 
 def _from_pretrained(model: Model, target: Path, work: Work) -> None:

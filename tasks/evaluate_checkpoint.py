@@ -16,7 +16,7 @@ from prosparse_core.ledger import Ledger
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, read_record, require_space, write_json
 from prosparse_core.variants import MODEL, THRESHOLDS, Variant
-from tasks.base_model import base_model, hash_files, identity
+from tasks.base_model import base_model, hash_files, identity, sizes_of
 from tasks.step import Run, Work
 
 VERSION = 1
@@ -169,13 +169,7 @@ def _import_fatrelu(work: Work, folder: Path) -> None:
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py", "*.bin", "*.pt", "*.md", ".*"))
     write_json(target / "config.json", config)
     write_json(work.folder / THRESHOLDS, {"per_layer": thresholds, "rule": "imported"})
-    work.meta.update(
-        model_type=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        d_ff=config["intermediate_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-    )
+    work.meta.update(sizes_of(config))
 
 
 def _of_ledger(name: str, home: Path) -> Target:

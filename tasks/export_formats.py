@@ -100,18 +100,12 @@ def to_powerinfer(
 
 def check_windows(made: Made, max_tokens: int = CHECK_TOKENS) -> list[Tensor]:
     """The first held-out windows of the run's corpora, each [1, length], ``max_tokens`` in all at most."""
-    from prosparse_core.mixing import Mixture
-    from prosparse_core.recording import held_out_windows
     from prosparse_core.variants import MODEL, load_tokenizer
+    from tasks.predictor_quality import held_out_tokens
 
-    mixture, tokenizer = Mixture(made.corpora.path, 0), load_tokenizer(made.variant.checkpoint.path / MODEL)
-    found: list[Tensor] = []
-    left = max_tokens
-    for _, tokens in held_out_windows(mixture, tokenizer):
-        tokens = tokens[:, :left]
-        left -= tokens.shape[1]
-        if tokens.shape[1] >= SHORTEST_WINDOW:
-            found.append(tokens)
-        if left < SHORTEST_WINDOW:
-            break
-    return found
+    tokenizer = load_tokenizer(made.variant.checkpoint.path / MODEL)
+    found = held_out_tokens(made.corpora.path, tokenizer, max_tokens)
+    beyond = sum(tokens.numel() for tokens in found) - max_tokens
+    if beyond > 0:
+        found[-1] = found[-1][:, :-beyond]
+    return [tokens for tokens in found if tokens.shape[1] >= SHORTEST_WINDOW]
