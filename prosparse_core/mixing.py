@@ -48,16 +48,10 @@ def prepare(
     tells the manifest how many epochs it makes over each corpus.
 
     Raises:
-        BadInput: a source cannot be read, or has too little text; a weight is too small to be seen; the calibration
-            split is smaller than one window.
+        BadInput: a source cannot be read, or has too little text; a weight is too small to be seen.
         EnvironmentProblem: the hub cannot be reached.
     """
     progress = progress or Silent()
-    if data.calibration_tokens < data.seq_len:
-        raise BadInput(
-            f"data.calibration_tokens={data.calibration_tokens} is less than one window (data.seq_len={data.seq_len})",
-            hint=f"raise it to at least {data.seq_len}: thresholds are chosen on whole windows",
-        )
     encoder = Encoder(tokenizer)
     counts = block_counts(data.sources)
     corpora = [Corpus(source, encoder, data, seed) for source in data.sources]

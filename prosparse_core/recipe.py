@@ -112,6 +112,15 @@ class Data(Section):
             raise ValueError("the weights of all sources are 0")
         return sources
 
+    @model_validator(mode="after")
+    def _one_window(self) -> Data:
+        if self.calibration_tokens < self.seq_len:
+            raise ValueError(
+                f"data.calibration_tokens={self.calibration_tokens} is less than one window "
+                f"(data.seq_len={self.seq_len}): thresholds are chosen on whole windows"
+            )
+        return self
+
 
 class Calibrate(Section):
     """Threshold shifting (paper, section 3.3): the FATReLU curve and the rule that picks from it."""
@@ -308,10 +317,6 @@ class Recipe(Section):
         step, seq = self.train.tokens_per_step, self.data.seq_len
         if step % seq:
             raise ValueError(f"train.tokens_per_step={step} must be a multiple of data.seq_len={seq}")
-        if self.data.calibration_tokens < seq:
-            raise ValueError(
-                f"data.calibration_tokens={self.data.calibration_tokens} is less than one window (data.seq_len={seq})"
-            )
         micro = self.train.micro_batch
         if micro and (step // seq) % micro:
             raise ValueError(

@@ -174,3 +174,13 @@ def test_overrides_reach_sections_and_list_entries() -> None:
 def test_a_bad_override_is_refused(override: str) -> None:
     with pytest.raises(BadInput):
         recipes.load("tiny", [override])
+
+
+def test_a_calibration_split_below_one_window_is_refused_with_the_other_errors() -> None:
+    raw = raw_tiny()
+    raw["data"]["calibration_tokens"] = raw["data"]["seq_len"] - 1
+    raw["train"]["lr"] = -1
+    with pytest.raises(BadInput) as caught:
+        recipes.parse(raw)
+    assert "2 problems" in str(caught.value)
+    assert "data.calibration_tokens=63 is less than one window (data.seq_len=64)" in str(caught.value)

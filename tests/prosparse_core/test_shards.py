@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from tiny_corpora import SEQ_LEN, data_of, digests, files, notes
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
@@ -91,13 +92,10 @@ def test_one_text_file_cannot_be_trained_on_and_held_out(tmp_path: Path) -> None
     assert "one is not enough" in str(error.value.hint)
 
 
-def test_less_than_one_window_for_calibration(tmp_path: Path) -> None:
-    data = data_of(files("notes", notes(tmp_path / "notes")), calibration_tokens=SEQ_LEN - 1)
+def test_less_than_one_window_for_calibration_is_no_mixture_at_all(tmp_path: Path) -> None:
     message = r"data.calibration_tokens=63 is less than one window \(data.seq_len=64\)"
-    with pytest.raises(BadInput, match=message) as error:
-        prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1)
-    assert "at least 64" in str(error.value.hint)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValidationError, match=message):
+        data_of(files("notes", notes(tmp_path / "notes")), calibration_tokens=SEQ_LEN - 1)
 
 
 def test_less_than_one_window_of_training_text(tmp_path: Path) -> None:
