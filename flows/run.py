@@ -18,6 +18,7 @@ from flows import console
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger
+from prosparse_core.memory import keep_freed_memory
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import make_folder
 from tasks import preflight
@@ -73,6 +74,7 @@ def open_run(
         provenance={**provenance(), "argv": sys.argv, "prefect_flow_run": _flow_run_id() if prefect else None},
     )
     console.run_started(run)
+    keep_freed_memory()
     status, error = "done", None
     try:
         with _terminate_as_exception():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prosparse_core.loss import IGNORED, next_token_loss
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.sparsity import SparsityMeter
 
@@ -50,13 +51,8 @@ def measure(
             x, y = tokens[start : start + batch_size].to(device), labels[start : start + batch_size].to(device)
             with autocast(precision, device.type):
                 logits = model(input_ids=x, use_cache=False).logits
-            target = y[:, 1:]
-            nll += float(
-                nn.functional.cross_entropy(
-                    logits[:, :-1].float().flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
-                )
-            )
-            count += int((target != -100).sum())
+            nll += float(next_token_loss(logits, y))
+            count += int((y[:, 1:] != IGNORED).sum())
             if on_batch:
                 on_batch(min(start + batch_size, len(tokens)), len(tokens))
         sparsity = meter.mean()

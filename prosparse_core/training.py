@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prosparse_core import checkpoint
 from prosparse_core.distillation import distillation_loss
 from prosparse_core.errors import ProSparseError
+from prosparse_core.loss import next_token_loss
 from prosparse_core.mixing import Mixture
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.progress import Progress
@@ -205,13 +206,6 @@ def _one_step(
         distill=None if distill is None else float(distilled),
         tokens_per_s=train.tokens_per_step / wall,
         wall_s=wall,
-    )
-
-
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed next-token cross entropy in fp32; ``labels`` [B, T] with -100 where there is none."""
-    return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
 
 

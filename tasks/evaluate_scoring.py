@@ -94,6 +94,8 @@ def score_windows(
     """
     import torch
 
+    from prosparse_core.loss import log_likelihoods
+
     device = next(model.parameters()).device
     lengths_B = torch.tensor([len(w.inputs) for w in batch])
     inputs_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(w.inputs) for w in batch], batch_first=True).to(device)
@@ -106,9 +108,9 @@ def score_windows(
             logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
         for window, logits_TV in zip(batch, logits_BTV, strict=True):
             end = len(window.inputs)
-            logits_CV = logits_TV[end - len(window.targets) : end].float()
+            logits_CV = logits_TV[end - len(window.targets) : end]
             targets_C = torch.tensor(window.targets, device=device)
-            picked_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1) - logits_CV.logsumexp(1)
+            picked_C, _ = log_likelihoods(logits_CV, targets_C)
             is_greedy = bool((logits_CV.argmax(1) == targets_C).all())
             scores.append((float(picked_C.double().sum()), is_greedy))
     return scores

@@ -15,10 +15,10 @@ from models import tiny, tokens
 from torch import Tensor, nn
 
 from prosparse_core.families import find_ffns
+from prosparse_core.loss import next_token_loss
 from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.substitute import use_relu
-from prosparse_core.training import next_token_loss
 
 FACTOR = 3.0
 PARTS = ((0, 1), (1, 4), (4, 5), (5, 6))

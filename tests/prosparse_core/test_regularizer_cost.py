@@ -10,10 +10,10 @@ import torch
 from models import tokens
 from regularized import relu_model
 
+from prosparse_core.loss import next_token_loss
 from prosparse_core.precision import autocast, resolve
 from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.regularizer import L1Regularizer
-from prosparse_core.training import next_token_loss
 
 ROUNDS = 9
 MOST = 1.10
