@@ -15,6 +15,8 @@ from prosparse_core.perplexity import Measured
 MIXED = "mixed"
 CETTS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 """Shares of output norm that are tried; the walk ends long before the last unless the budget is a large one."""
+LEAST_STEP = 0.1
+"""Of the interval, at either end: so that a curve with a corner is closed in on as well."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ def calibrate(
     """The curve over a grid of thresholds and the largest threshold within the budget.
 
     The grid is walked upwards until perplexity has risen by three times the budget (and at least 3 %); the interval
-    between the last threshold within the budget and the first beyond it is then halved ``refine`` times.
+    between the last threshold within the budget and the first beyond it is then narrowed ``refine`` times, each time
+    where a straight line between the two meets the budget: the curve bends upwards, so that is mostly within it.
 
     Args:
         measure: threshold -> one measurement per corpus, on calibration data.
         thresholds: rising, starting with 0.
         max_ppl_increase_pct: the budget, in per cent of the mixture's perplexity over threshold 0.
-        refine: bisection steps.
+        refine: how often to narrow.
 
     Raises:
         BadInput: the perplexity at threshold 0 is not a finite number.
@@ -124,7 +127,7 @@ def calibrate_cett(
 
 
 def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increase_pct: float, refine: int) -> Curve:
-    """Walk ``values`` (rising, the first is the base) up, then halve the interval in which the budget ends."""
+    """Walk ``values`` (rising, the first is the base) up, then narrow the interval in which the budget ends."""
     tried: list[tuple[float, Trial]] = []
     for value in values:
         tried.append((value, try_(value)))
@@ -144,14 +147,16 @@ def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increas
     beyond = next((i for i, (_, trial) in enumerate(tried) if not within(trial)), len(tried))
     low, best = tried[beyond - 1]
     if beyond < len(tried):
-        high = tried[beyond][0]
+        high, too_much = tried[beyond]
         for _ in range(refine):
-            middle = (low + high) / 2
+            under, over = (increase_pct(trial, base) for trial in (best, too_much))
+            share = (max_increase_pct - under) / (over - under)
+            middle = low + min(max(share, LEAST_STEP), 1 - LEAST_STEP) * (high - low)
             trial = try_(middle)
             tried.append((middle, trial))
             if within(trial):
                 low, best = middle, trial
             else:
-                high = middle
+                high, too_much = middle, trial
     trials = {id(trial): trial for _, trial in tried}.values()
     return Curve(tuple(sorted(trials, key=lambda t: t.threshold)), best, max_increase_pct)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Sequence[float]], dict[str, Measured]]
 
-VERSION = 3
+VERSION = 4
 CETT_TOKENS = 512
 """Calibration tokens on which each layer's CETT is measured."""
 SCOPES = {"grid": "global", "cett": "per_layer"}

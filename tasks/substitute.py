@@ -7,7 +7,9 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
+CLIFF_TOKENS = 4096
+"""Of each corpus: the fall is by a factor of thousands."""
 
 
 def substitute(run: Run, dense: Artifact, corpora: Artifact) -> Artifact:
@@ -41,7 +43,7 @@ def _build(work: Work, run: Run, dense: Artifact, corpora: Artifact, precision: 
             work.meta["swapped"] = use_relu(model)
         work.fact("variants", **variant.fact(run.recipe.model.id))
         for corpus in mixture.corpora:
-            tokens, labels = mixture.calibration(corpus)
+            tokens, labels = (part[: max(1, CLIFF_TOKENS // mixture.seq_len)] for part in mixture.calibration(corpus))
             found = measure(
                 model,
                 tokens,

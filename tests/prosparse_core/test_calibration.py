@@ -22,11 +22,24 @@ def curve_of(**rise: Callable[[float], float]) -> Callable[[float], dict[str, Me
     }
 
 
-def test_the_largest_threshold_within_the_budget_is_found_by_bisection() -> None:
+def test_the_largest_threshold_within_the_budget_is_found() -> None:
     curve = calibrate(curve_of(a=lambda t: t * t), GRID, 1.0, refine=6)
     assert curve.chosen == pytest.approx(0.1, abs=1e-9)  # 0.1 ** 2 is exactly 1 %
     finer = calibrate(curve_of(a=lambda t: 2 * t * t), GRID, 1.0, refine=6)
     assert 0.0707 - 0.05 / 2**6 <= finer.chosen <= 0.0707107
+
+
+@pytest.mark.parametrize("exponent", [1, 2, 5])
+def test_two_more_trials_come_closer_than_halving_twice_would(exponent: float) -> None:
+    curve = calibrate(curve_of(a=lambda t: 0.02 * (t / 0.1) ** exponent), GRID, 1.0, refine=2)
+    wanted = 0.1 * 0.5 ** (1 / exponent)
+    assert curve.increase_pct(curve.best) <= 1.0
+    assert wanted - 0.05 / 4 < curve.chosen <= wanted + 1e-9
+
+
+def test_a_curve_with_a_step_is_closed_in_on() -> None:
+    curve = calibrate(curve_of(a=lambda t: 0.9 if t > 0.07 else 0.0), GRID, 1.0, refine=25)
+    assert curve.chosen == pytest.approx(0.07, abs=1e-3)
 
 
 def test_the_budget_is_the_mixtures_every_token_counting_once() -> None:
