@@ -97,7 +97,7 @@ def _of_folder(model: str, folder: Path) -> Target:
         if not list(folder.glob("*.safetensors")):
             raise BadInput(f"{folder} has no safetensors weights")
         return Target(found, "prosparse", "fatrelu", exported=str(folder))
-    family = require_family(str(config.get("model_type")), where=str(folder))
+    family = require_family(config, where=str(folder))
     is_relu = str(config.get(family.config_key)) == "relu"
     return Target(found, "relu" if is_relu else "original", "relu" if is_relu else "original")
 
@@ -137,10 +137,10 @@ def dense_config(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, An
     """
     model_type = str(config["model_type"])
     plain = FATRELU_TYPES.get(model_type) or model_type.removeprefix(EXPORTED)
-    family = require_family(plain, where=where)
+    family = require_family({**config, "model_type": plain}, where=where)
     activation = config.get(family.config_key, config.get("hidden_act"))
     one, each = config.get("hidden_act_param"), config.get("hidden_act_params")
-    num_layers = int(config["num_hidden_layers"])
+    num_layers = family.num_layers(config)
     thresholds: Any = each if each is not None else [one] * num_layers
     sound = isinstance(thresholds, list) and all(
         isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in thresholds
@@ -153,8 +153,7 @@ def dense_config(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, An
         )
     dropped = ("hidden_act_param", "hidden_act_params", "auto_map", "architectures", "_name_or_path")
     kept = {k: v for k, v in config.items() if k not in dropped}
-    keys = {"hidden_act", family.config_key} | ({"hidden_activation"} & config.keys())
-    kept |= {"model_type": plain, **dict.fromkeys(sorted(keys), "relu")}
+    kept |= {"model_type": plain, **dict.fromkeys(family.activation_keys(config), "relu")}
     return kept, [float(t) for t in thresholds]
 
 
