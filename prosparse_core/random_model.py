@@ -15,8 +15,9 @@ CHAT_TEMPLATE = (
 SAMPLE_FILES = 60
 
 
-def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Path) -> None:
-    """Write a randomly initialised model of ``model_type`` and a byte-level BPE tokenizer trained on Python source.
+def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Path) -> Any:
+    """Write a randomly initialised model of ``model_type`` and a byte-level BPE tokenizer trained on Python source;
+    returns the model.
 
     ``intermediate_size`` is d_ff whatever the architecture calls it.
     """
@@ -40,6 +41,7 @@ def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Pat
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return model
 
 
 def train_tokenizer(vocab_size: int) -> Any:

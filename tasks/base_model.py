@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prosparse_core import minicpm
 from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
-from prosparse_core.families import FAMILY_KEY, require_family
+from prosparse_core.families import FAMILY_KEY, find_ffns, require_family
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
@@ -125,7 +126,7 @@ def _build(work: Work, model: Model, seed: int) -> None:
     if kind == "random":
         from prosparse_core.random_model import build_random
 
-        build_random(rest, model.config, seed, target)
+        _require_fit(build_random(rest, model.config, seed, target), model)
     elif kind == "package":
         _from_gguf(_gguf_of(rest), model, target, work)
     elif model.source.endswith(".gguf"):
@@ -164,6 +165,9 @@ def _check_code(folder: Path, model: Model) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if model.trust_remote_code or "AutoModelForCausalLM" not in config.get("auto_map", {}):
         return
+    if config["model_type"] == minicpm.MODEL_TYPE:
+        minicpm.granite_config(config)
+        return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -184,8 +188,11 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_pretrained(model: Model, target: Path, work: Work) -> None:
-    """A hub id or a local folder, saved again as safetensors in the dtype it comes in."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """A hub id or a local folder, saved again as safetensors in the dtype it comes in.
+
+    A MiniCPM whose code is not trusted is read as the Granite it is.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig, PreTrainedConfig
     from transformers import __version__ as version
     from transformers.utils import logging
 
@@ -193,10 +200,15 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
     source = str(Path(model.source).expanduser()) if Path(model.source).expanduser().is_dir() else model.source
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, **options)
+        raw, _ = PreTrainedConfig.get_config_dict(source, revision=model.revision)
+        if raw.get("model_type") == minicpm.MODEL_TYPE and not model.trust_remote_code:
+            work.progress.note("this MiniCPM is read as the Granite it is: no code of its own is needed")
+            config: Any = GraniteConfig(**minicpm.granite_config(raw))
+        else:
+            config = AutoConfig.from_pretrained(source, **options)
         require_family(_with_family(config.to_dict(), model), where=source)
         work.progress.note(f"reading {source}" + (f" at {model.revision}" if model.revision else ""))
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto", **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except ProSparseError:
         raise
@@ -209,16 +221,29 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
             "transformers has",
         ) from error
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise BadInput(_untrusted(source, "model"), hint=TRUST) from error
+        if "trust_remote_code" in str(error):
+            raise BadInput(_untrusted(source, "model"), hint=TRUST) from error
+        raise BadInput(
+            f"model.source: transformers {version} cannot read {source!r}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
     except OSError as error:
         raise BadInput(
             f"model.source: cannot get {source!r}: {str(error).splitlines()[0]}",
             hint="check the id and the revision, the network, or give a local folder",
         ) from error
+    _require_fit(loaded, model)
     loaded.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _require_fit(loaded: Any, model: Model) -> None:
+    """Find every FFN now: a description that does not fit must not be told after the data was prepared.
+
+    Raises:
+        BadInput: see ``find_ffns``.
+    """
+    loaded.config.update(_with_family({}, model))
+    find_ffns(loaded)
 
 
 def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
@@ -239,6 +264,7 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     fresh = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
+    _require_fit(fresh, model)
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 

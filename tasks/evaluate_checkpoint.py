@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput
+from prosparse_core.export import CODE_FILES
 from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.ledger import Ledger
 from prosparse_core.recipe import Model
@@ -94,6 +95,12 @@ def _of_folder(model: str, folder: Path) -> Target:
     found = Model(id=name, source=str(folder))
     if is_fatrelu(config):
         dense_config(config, where=str(folder))
+        if foreign := sorted(p.name for p in folder.glob("*.py") if p.name not in CODE_FILES):
+            raise BadInput(
+                f"{folder} is an exported model of an architecture with code of its own ({', '.join(foreign)}), which "
+                "is not run from here",
+                hint='measure the variant it was made of: prosparse query "SELECT variant FROM variants"',
+            )
         if not list(folder.glob("*.safetensors")):
             raise BadInput(f"{folder} has no safetensors weights")
         return Target(found, "prosparse", "fatrelu", exported=str(folder))
