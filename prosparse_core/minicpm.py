@@ -45,11 +45,11 @@ def granite_config(config: Mapping[str, Any]) -> dict[str, Any]:
         BadInput: it has what Granite has not (experts, scaled positions), or not the factors that make it a MiniCPM.
     """
     missing = [key for key in FACTORS if config.get(key) is None]
-    rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    ropes = [config.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+    scaling = next((s for s in (r.get("rope_type", r.get("type")) for r in ropes) if s not in (None, "default")), None)
     reasons = {
         f"no {', '.join(missing)}": bool(missing),
-        f"rope scaling {scaling!r}": scaling != "default",
+        f"rope scaling {scaling!r}": scaling is not None,
         f"{config.get('num_experts')} experts": bool(config.get("num_experts")),
     }
     found = [reason for reason, applies in reasons.items() if applies]
@@ -65,7 +65,7 @@ def granite_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": config.get("tie_word_embeddings", True),
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            "rope_theta": ropes[0].get("rope_theta") or config.get("rope_theta") or 10000.0,
         },
         "embedding_multiplier": config["scale_emb"],
         "residual_multiplier": config["scale_depth"] / math.sqrt(num_layers),

@@ -212,7 +212,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except ProSparseError:
         raise
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, SyntaxError, TypeError) as error:
         if not model.trust_remote_code:
             raise
         raise BadInput(

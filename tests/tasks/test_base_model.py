@@ -99,7 +99,7 @@ def test_code_that_does_not_run_here_says_so(base: Any, minicpm: Path, tmp_path:
     folder = tmp_path / "old"
     shutil.copytree(minicpm, folder)
     code = folder / "modeling_minicpm.py"
-    code.write_text("from transformers.utils.import_utils import is_gone_since_five\n" + code.read_text())
+    code.write_text(code.read_text() + "\nfrom transformers.utils.import_utils import is_gone_since_five\n")
     with pytest.raises(BadInput, match=r"the code that comes with .* does not run with transformers 5"):
         base_model(run_of(base, source=str(folder), trust_remote_code=True))
 
