@@ -12,7 +12,7 @@ from prosparse_core.recipe import Model
 from prosparse_core.settings import Row
 from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
-from tasks.base_model import base_model
+from tasks.base_model import base_model, check_chain
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate
 from tasks.mixture import mixture
@@ -25,7 +25,9 @@ def every_setting(run: Run) -> None:
     """Train, calibrate and evaluate every row of ``recipe.compare``; what rows have in common is in the store."""
     dense = base_model(run)
     corpora = mixture(run, dense)
-    for row in settings.rows(run.recipe):
+    rows = settings.rows(run.recipe)
+    check_chain(run, dense, [row.train.activation for row in rows if row.train])
+    for row in rows:
         variant = trained(run, row, dense, corpora)
         if row.thresholds:
             variant = with_thresholds(run, variant, corpora, row.setting, row.note)

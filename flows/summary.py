@@ -80,7 +80,10 @@ class Result:
                 + (f" (limit {limits[key]:.2f}x)" if limits.get(key) else "")
                 for key, name in (("s2", "S2"), ("s3", "S3"), ("ffn", "FFN"), ("decode", "decode"))
             ]
-            lines.append(f"speed-up    {', '.join(parts)} [{self.speed['implementation']}]")
+            why = set(self.speed.get("reasons", {}).values())
+            is_missing = not any(ups.values()) and len(why) == 1  # no such FFN can be computed sparsely
+            text = f"n/a: {why.pop()}" if is_missing else f"{', '.join(parts)} [{self.speed['implementation']}]"
+            lines.append(f"speed-up    {text}")
         lines += [f"{name:<11} {place}" for name, place in self.places.items()]
         counted = ", ".join(f"{n} {outcome}" for outcome, n in self.steps.items())
         lines.append(f"steps       {counted}")

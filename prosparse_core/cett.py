@@ -3,7 +3,7 @@
 CETT (arXiv 2411.02335, eq. 3) of the neurons D that a threshold t on the gate removes: the mean over tokens of
 ||W_down (x1 on D)|| / ||W_down x1|| with D = {i : s_i < t} and s = ReLU(gate(x)) (arXiv 2402.13516, eq. 3). The
 original acts on |x1| times the norm of a column of W_down, which needs gate and up; a threshold on the gate alone lets
-both up and down be skipped.
+both up and down be skipped. Without a gate, s is what the activation sees, up(x), and only down is skipped.
 
 An equal share of an FFN's output does not cost equally. Measured on SmolLM2-135M after ProSparse training: the first
 and the last FFN make nearly all of the residual stream behind them, the others 7 to 19 % of it, so the same CETT hurts
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FFN, find_ffns
+from prosparse_core.forward import last_logits_only
 from prosparse_core.precision import Precision, autocast
 
 NUM_CANDIDATES = 1024
@@ -84,7 +85,7 @@ def measure_cett(
         for batch in range(num_batches):
             meter.mask = chosen[batch::num_batches].to(device)
             with autocast(precision, device.type):
-                model(input_ids=tokens[batch::num_batches].to(device), use_cache=False, logits_to_keep=1)
+                model(input_ids=tokens[batch::num_batches].to(device), use_cache=False, **last_logits_only(model))
             if on_batch:
                 on_batch(batch + 1, num_batches)
         curves = meter.curves()
@@ -131,27 +132,32 @@ class _Meter:
         self._candidates: list[Tensor | None] = [None] * len(ffns)
         self._sums: list[Tensor] = [torch.zeros(0, dtype=torch.float64)] * len(ffns)
         self._tokens = [0] * len(ffns)
-        self._handles = [f.gate.register_forward_hook(self._on_gate(f)) for f in ffns]
+        self._handles = [f.activation.register_forward_pre_hook(self._on_gate(f)) for f in ffns]
         self._handles += [f.down.register_forward_pre_hook(self._on_down(f)) for f in ffns]
 
-    def _on_gate(self, ffn: FFN) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._gates[ffn.layer] = output[self.mask].float()
+    def _on_gate(self, ffn: FFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._gates[ffn.layer] = self._chosen(args[0])
 
         return keep
 
     def _on_down(self, ffn: FFN) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._add(ffn, self._gates.pop(ffn.layer), args[0][self.mask].float())
+            self._add(ffn, self._gates.pop(ffn.layer), self._chosen(args[0]))
 
         return add
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        """The rows of the positions that count; some families hand their tokens on as [batch * seq, d_ff]."""
+        assert self.mask is not None
+        return values.view(*self.mask.shape, -1)[self.mask].float()
 
     def _add(self, ffn: FFN, gate_TF: Tensor, x1_TF: Tensor) -> None:
         candidates = self._candidates[ffn.layer]
         if candidates is None:
             candidates = self._candidates[ffn.layer] = candidates_of(gate_TF)
             self._sums[ffn.layer] = torch.zeros(len(candidates), dtype=torch.float64)
-        columns_FD = ffn.down.weight.float().t().contiguous()
+        columns_FD = ffn.down_weight.float().t().contiguous()
         for gate_F, x1_F in zip(gate_TF, x1_TF, strict=True):
             shares = removed_shares(gate_F, x1_F, columns_FD, candidates)
             if shares is not None:

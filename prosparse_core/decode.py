@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prosparse_core.activations import FATReLU, ReLU
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FFN, find_ffns
+from prosparse_core.forward import last_logits_only
 
 Timer = Literal["process_cpu", "wall"]
 CLOCKS: dict[str, Callable[[], float]] = {"process_cpu": time.process_time, "wall": time.perf_counter}
@@ -28,6 +29,7 @@ class GreedyDecoder:
         assert prompt.ndim == 2
         assert prompt.shape[0] == 1
         self._model, self._clock, self._cache = model, CLOCKS[timer], None
+        self._last = last_logits_only(model)
         self.tokens: list[int] = []
         self._forward(prompt)
 
@@ -40,7 +42,7 @@ class GreedyDecoder:
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor) -> None:
-        out = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True, **self._last)
         self._cache = out.past_key_values
         self.logits: Tensor = out.logits[0, -1]
         self.tokens.append(int(self.logits.argmax()))
@@ -50,11 +52,13 @@ def ffn_thresholds(model: nn.Module) -> list[float]:
     """The FATReLU threshold each layer runs with; 0 is ReLU.
 
     Raises:
-        BadInput: an activation whose zeros no threshold describes, or a projection with a bias: such an FFN cannot be
-            computed from its active neurons alone.
+        BadInput: an activation whose zeros no threshold describes, no gate, or a projection with a bias: such an FFN
+            is not one that the sparse kernels compute.
     """
     found = []
     for ffn in find_ffns(model):
+        if obstacle := why_not_sparse(ffn):
+            raise BadInput(f"layer {ffn.layer}: {obstacle}")
         activation = ffn.activation
         if isinstance(activation, FATReLU):
             found.append(float(activation.threshold))
@@ -65,10 +69,14 @@ def ffn_thresholds(model: nn.Module) -> list[float]:
                 f"layer {ffn.layer}: the activation is {activation}, not ReLU or FATReLU: no exact zeros to skip",
                 hint="measure a variant with a ReLU activation",
             )
-        biased = [name for name in ("gate", "up", "down") if getattr(ffn, name).bias is not None]
-        if biased:
-            raise BadInput(f"layer {ffn.layer}: {' and '.join(biased)} with a bias: sparse FFNs know none")
     return found
+
+
+def why_not_sparse(ffn: FFN) -> str | None:
+    """What keeps an FFN, whatever its activation, from being computed from its active neurons alone; None: nothing."""
+    if not ffn.family.is_gated:
+        return f"an FFN without a gate (family {ffn.family.name}): sparse FFNs are gated"
+    return f"{' and '.join(ffn.biases)} with a bias: sparse FFNs know none" if ffn.biases else None
 
 
 class ExchangedFFNs:
@@ -121,10 +129,12 @@ def _parent_and_name(model: Any, ffn: FFN) -> tuple[nn.Module, str]:
 def decode_speedup_limit(model: nn.Module, sparsity: float) -> float:
     """The most that skipping up and down can bring at batch 1, when time goes with the weights that are read.
 
+    Without a gate only down can be skipped: up is what says which neurons live.
+
     Every matrix is read once per token, save the embedding table (one row), unless it is also the output layer.
     """
     output = model.get_output_embeddings().weight  # type: ignore[operator]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     read = sum(p.numel() for p in model.parameters() if p is not embedding or p is output)
-    skipped = sparsity * sum(f.up.weight.numel() + f.down.weight.numel() for f in find_ffns(model))
+    skipped = sparsity * sum((2 if f.family.is_gated else 1) * f.d_ff * f.d_model for f in find_ffns(model))
     return read / (read - skipped)

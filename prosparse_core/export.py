@@ -33,6 +33,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_prosparse.ProSparseModel",
     "AutoModelForCausalLM": "modeling_prosparse.ProSparseForCausalLM",
 }
+SOURCES = ("AutoConfig", "AutoModelForCausalLM", "AutoModel")
+"""What an auto_map calls the classes that ours derive from."""
+OURS = {
+    "BaseConfig": "from transformers import LlamaConfig",
+    "BaseForCausalLM": "from transformers import LlamaForCausalLM",
+    "BaseModel": "from transformers import LlamaModel",
+}
+"""The imports of ours that name them, for Llama."""
 PROMPT = (
     "def area(radius: float) -> float:\n    return 3.14159 * radius**2\n\nThe 2nd café — naïve, 中文 — costs 10 €.\n"
 )
@@ -51,11 +59,13 @@ def export_hf(model_folder: Path, thresholds: Sequence[float], target: Path, *, 
         card: the text of README.md.
 
     Raises:
-        BadInput: unusable folder, thresholds or target; said before anything is written.
+        BadInput: unusable folder, thresholds or target, or an architecture whose classes neither transformers has nor
+            the folder; said before anything is written.
         EnvironmentProblem: the disk is too small.
         ProSparseError: a fresh process that loads the folder does not compute the same logits, bit for bit.
     """
-    config = fatrelu_config(check_folder(model_folder), thresholds)
+    config_of_model = check_folder(model_folder)
+    config, code_files = fatrelu_config(config_of_model, thresholds), remote_code(config_of_model)
     weights = sorted(model_folder.glob("*.safetensors"))
     if not weights:
         raise BadInput(f"{model_folder} has no safetensors weights", hint="save the model with save_pretrained first")
@@ -63,11 +73,13 @@ def export_hf(model_folder: Path, thresholds: Sequence[float], target: Path, *, 
         raise BadInput(f"export target {target} exists already", hint="remove it, or export to another folder")
     require_space(target.parent, sum(w.stat().st_size for w in weights), f"the export to {target}")
     try:
-        shutil.copytree(model_folder, target, ignore=shutil.ignore_patterns(CARD, "*.py", "*.bin", "*.pt"))
+        # Code beside the weights is the architecture's own, which ours then builds on.
+        code = () if has_code(config_of_model) else ("*.py",)
+        shutil.copytree(model_folder, target, ignore=shutil.ignore_patterns(CARD, *code, "*.bin", "*.pt"))
         write_json(target / "config.json", config)
         pin_tokenizer(model_folder, target)
         (target / CARD).write_text(card, encoding="utf-8")
-        for name, text in remote_code(config["model_type"].removeprefix(PREFIX)).items():
+        for name, text in code_files.items():
             (target / name).write_text(text, encoding="utf-8")
         check_export(model_folder, thresholds, target)
     except BaseException:
@@ -81,8 +93,8 @@ def fatrelu_config(config: Mapping[str, Any], thresholds: Sequence[float]) -> di
     Raises:
         BadInput: unknown family, wrong number of thresholds, or a threshold below 0.
     """
-    model_type, num_layers = str(config["model_type"]), int(config["num_hidden_layers"])
-    family = require_family(model_type, where="export")
+    family = require_family(config, where="export")
+    num_layers = family.num_layers(config)
     if len(thresholds) not in (1, num_layers):
         raise BadInput(
             f"{len(thresholds)} thresholds for a model of {num_layers} layers", hint="give 1, or one per layer"
@@ -90,27 +102,73 @@ def fatrelu_config(config: Mapping[str, Any], thresholds: Sequence[float]) -> di
     wrong = [t for t in thresholds if not 0 <= t < float("inf")]
     if wrong:
         raise BadInput(f"thresholds {wrong}: FATReLU needs finite thresholds of at least 0")
-    keys = {"hidden_act", family.config_key} | ({"hidden_activation"} & config.keys())
     first, same = float(thresholds[0]), len(set(thresholds)) == 1
     return {
         **{k: v for k, v in config.items() if k not in ("hidden_act_param", "hidden_act_params", "_name_or_path")},
-        "model_type": PREFIX + model_type,
+        "model_type": PREFIX + str(config["model_type"]),
         "architectures": [AUTO_MAP["AutoModelForCausalLM"].partition(".")[2]],
         "auto_map": AUTO_MAP,
-        **dict.fromkeys(sorted(keys), "fatrelu"),
+        **dict.fromkeys(family.activation_keys(config), "fatrelu"),
         **({"hidden_act_param": first} if same else {"hidden_act_params": [float(t) for t in thresholds]}),
     }
 
 
-def remote_code(model_type: str) -> dict[str, str]:
-    """The code files of an exported folder by name: ours, with the class names of the architecture in Llama's place."""
-    import transformers
+def remote_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """The code files of an exported folder by name: ours, with the classes of the architecture in Llama's place, and
+    where its family has layers, activation and the keys that name it.
 
-    stem = transformers.CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
-    missing = [n for n in (f"{stem}Model", f"{stem}ForCausalLM") if not hasattr(transformers, n)]
+    Raises:
+        BadInput: neither transformers nor the model's folder has its classes.
+    """
+    family = require_family(config, where="export")
+    changes = {
+        **_imports(config),
+        "ACTIVATION_KEYS = ": repr(tuple(family.activation_keys(config))),
+        "LAYERS = ": repr(family.layers),
+        "ACTIVATION = ": repr(".".join(filter(None, (family.ffn, family.act)))),
+    }
+    files = {name: (REMOTE_CODE / name).read_text(encoding="utf-8") for name in CODE_FILES}
+    for beginning, rest in changes.items():
+        hits = 0
+        for name, text in files.items():
+            lines = text.splitlines(keepends=True)
+            at = [i for i, line in enumerate(lines) if line.startswith(beginning)]
+            for i in at:
+                lines[i] = f"{beginning if beginning.endswith('= ') else ''}{rest}\n"
+            files[name], hits = "".join(lines), hits + len(at)
+        assert hits == 1, f"{hits} lines of our code begin with {beginning!r}"
+    return files
+
+
+def _imports(config: Mapping[str, Any]) -> dict[str, str]:
+    """By the beginning of an import of ours: what stands there for this architecture."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    model_type = str(config["model_type"])
+    classes: dict[str, str | None] = {
+        "BaseConfig": CONFIG_MAPPING_NAMES.get(model_type),
+        "BaseForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type),
+        "BaseModel": MODEL_MAPPING_NAMES.get(model_type),
+    }
+    if has_code(config):
+        classes = dict(zip(classes, (config["auto_map"].get(a) for a in SOURCES), strict=True))
+    missing = [SOURCES[i] for i, name in enumerate(classes.values()) if not isinstance(name, str)]
     if missing:
-        raise BadInput(f"cannot export {model_type}: transformers {transformers.__version__} has no {missing[0]}")
-    return {name: (REMOTE_CODE / name).read_text(encoding="utf-8").replace("Llama", stem) for name in CODE_FILES}
+        raise BadInput(
+            f"cannot export {model_type}: neither transformers nor the auto_map of its config has its {missing[0]}",
+            hint="a folder with the architecture's code in it (auto_map, *.py) can be exported",
+        )
+    found = {}
+    for ours, name in classes.items():
+        module, _, of = str(name).rpartition(".")
+        found[OURS[ours]] = f"from {f'.{module}' if module else 'transformers'} import {of} as {ours}"
+    return found
+
+
+def has_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model folder carries the code of its architecture (with model.trust_remote_code it does)."""
+    return "auto_map" in config
 
 
 def pin_tokenizer(model_folder: Path, target: Path) -> None:
@@ -226,14 +284,15 @@ class Card:
         environment.filters["ppl"] = lambda v: "n/a" if v is None else f"{v:.3f}"
         environment.filters["pct"] = lambda v: "n/a" if v is None else f"{100 * v:.2f} %"
         thresholds = [float(t) for t in self.thresholds]
+        family = require_family(self.config, where="model card")
+        sizes = family.sizes(self.config)
         return environment.get_template("README.md.j2").render(
             {
                 **vars(self),
                 "title": f"{self.model.rpartition('/')[2]}-{self.setting}",
                 "model_type": self.config["model_type"],
-                "num_layers": self.config["num_hidden_layers"],
-                "d_model": self.config["hidden_size"],
-                "d_ff": self.config["intermediate_size"],
+                **vars(sizes),
+                "down": family.down,
                 "thresholds": thresholds,
                 "threshold": thresholds[0] if len(set(thresholds)) == 1 else None,
                 "corpora": list(dict.fromkeys(c for r in self.results for c in (*r.perplexity, *r.sparsity))),

@@ -61,8 +61,14 @@ def export_hf_relu(variant: Variant, target: Path, *, strict: bool = False) -> P
     )
     _refuse(notes, strict)
     config = check_folder(folder)
-    key = require_family(str(config["model_type"]), where="export").config_key
-    changed = {**{k: v for k, v in config.items() if k not in DROPPED}, key: "relu"}
+    family = require_family(config, where="export")
+    if family.act_is_built_in or "auto_map" in config:
+        raise BadInput(
+            f"{config['model_type']} "
+            + ("has its activation built in: no config can say ReLU" if family.act_is_built_in else "runs by own code"),
+            hint="use prosparse export --to hf instead: its folder carries the code it needs",
+        )
+    changed = {**{k: v for k, v in config.items() if k not in DROPPED}, family.config_key: "relu"}
     _write(folder, target, changed, _readme("transformers", "", 0.0, notes), lambda: _same_logits(folder, target))
     return PlainExport(target, 0.0, notes)
 
@@ -131,12 +137,16 @@ def refuse_vllm(config: Mapping[str, Any]) -> None:
     """Say why MiniCPM's form would compute something else.
 
     Raises:
-        BadInput: with every reason at once.
+        BadInput: an architecture of another layout; else with every reason at once.
     """
+    if config["model_type"] not in VLLM_MODEL_TYPES:
+        raise BadInput(
+            f"vLLM runs FATReLU in MiniCPM's form only, which has no architecture {config['model_type']}",
+            hint="use prosparse export --to hf instead",
+        )
     heads, d_model = int(config["num_attention_heads"]), int(config["hidden_size"])
     window = config.get("sliding_window")
     reasons = {
-        f"architecture {config['model_type']}": config["model_type"] not in VLLM_MODEL_TYPES,
         "projections with a bias": bool(config.get("attention_bias") or config.get("mlp_bias")),
         f"a sliding window of {window} tokens": window is not None and window < config["max_position_embeddings"],
         f"heads of {config.get('head_dim')} numbers where d_model / heads is {d_model / heads:g}": (

@@ -184,5 +184,5 @@ def _in_torch(
         predicted.perplexity,
         exact.perplexity,
         predicted.num_tokens,
-        [norm_scale(norm_before(model, ffn)) for ffn in find_ffns(model)],
+        [norm_scale(norm_before(model, ffn), ffn.d_model) for ffn in find_ffns(model)],
     )

@@ -126,16 +126,20 @@ def refuse(config: Mapping[str, Any], dtype: Dtype = "f16") -> None:
     """Say why a model does not fit the format.
 
     Raises:
-        BadInput: with every reason at once.
+        BadInput: an architecture of another layout; else with every reason at once.
     """
+    if config["model_type"] not in MODEL_TYPES:
+        raise BadInput(
+            f"PowerInfer's format has no place for architecture {config['model_type']}; it runs "
+            f"{' and '.join(MODEL_TYPES)} layers",
+            hint="use prosparse export --to hf instead",
+        )
     heads, d_model = int(config["num_attention_heads"]), int(config["hidden_size"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     rope = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     window = config.get("sliding_window")
     reasons = {
-        f"architecture {config['model_type']}; it runs {' and '.join(MODEL_TYPES)} layers": config["model_type"]
-        not in MODEL_TYPES,
         "projections with a bias": bool(config.get("attention_bias") or config.get("mlp_bias")),
         f"rope scaling {scaling!r}": scaling != "default",
         f"a sliding window of {window} tokens": window is not None and window < config["max_position_embeddings"],

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prosparse_core.errors import BadInput
-from prosparse_core.families import FFN
+from prosparse_core.family import FFN, Family, value_of
 
 Input = Literal["pre_norm", "post_norm"]
 """What a predictor reads: the residual stream before the FFN's norm (what PowerInfer feeds), or the FFN's own input."""
-_NORM = "post_attention_layernorm"
-_OTHER_NORMS = {"gemma2": "pre_feedforward_layernorm", "olmo2": None}
-"""By ``model_type``: where the norm before the FFN has another name, or there is none."""
 
 
 def norm_before(model: nn.Module, ffn: FFN) -> nn.Module:
@@ -23,26 +21,42 @@ def norm_before(model: nn.Module, ffn: FFN) -> nn.Module:
     Raises:
         BadInput: the architecture has none.
     """
-    model_type: str = model.config.model_type  # type: ignore[union-attr,assignment]
-    name = _OTHER_NORMS.get(model_type, _NORM)
-    if name is None:
+    require_norm(model.config, ffn.family)
+    layer = model.get_submodule(f"{ffn.family.layers}.{ffn.layer}")
+    for name in ffn.family.norm:
+        with contextlib.suppress(AttributeError):
+            return layer.get_submodule(name)
+    raise BadInput(f"layer {ffn.layer} has none of the norms of family {ffn.family.name}: {', '.join(ffn.family.norm)}")
+
+
+def require_norm(config: Any, family: Family) -> None:
+    """Refuse predictors on the input before the norm where no norm comes before the FFN.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if not family.norm or (family.norm_if and not value_of(config, family.norm_if)):
         raise BadInput(
-            f"{model_type} has no norm before its FFN: there is no pre_norm input",
+            f"{value_of(config, 'model_type')} has no norm before its FFN: there is no pre_norm input",
             hint="use predictor.input=post_norm: the FFN takes the residual stream as it is",
         )
-    return model.get_submodule(f"{ffn.family.layers}.{ffn.layer}.{name}")
 
 
 def input_module(model: nn.Module, ffn: FFN, source: Input) -> nn.Module:
     """The module whose first argument the predictor reads, [..., d_model]."""
-    return ffn.gate if source == "post_norm" else norm_before(model, ffn)
+    return ffn.first if source == "post_norm" else norm_before(model, ffn)
 
 
 @torch.no_grad()
-def norm_scale(norm: nn.Module) -> Tensor:
+def norm_scale(norm: nn.Module, d_model: int, device: torch.device | str = "cpu") -> Tensor:
     """What a norm multiplies each channel with, [d_model], up to one positive factor for all of them.
 
-    Asked of the norm itself: some families store the factor minus one. A vector of ones has mean square one.
+    Asked of the norm itself: some families store the factor minus one, some none. The probe has mean zero, and the half
+    difference to its negative has no bias in it, so that this is a LayerNorm's factor too; what a LayerNorm does
+    besides (it subtracts the mean of x and adds a bias) is no factor and not in it.
     """
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    return norm(torch.ones_like(weight, dtype=torch.float32)[None])[0].float()
+    probe = torch.ones(d_model, device=device)
+    probe[1::2] = -1
+    if d_model % 2:
+        probe[-3:] = torch.tensor([1.0, 1.0, -2.0])
+    return ((norm(probe[None]) - norm(-probe[None])) / 2 / probe)[0].float()

@@ -64,7 +64,7 @@ class PredictedMask:
     def _on_down(self, layer: int, x1: Tensor) -> tuple[Tensor]:
         active = self._active[layer]
         assert active is not None, "the predictor's input comes before the FFN's output projection"
-        return (torch.where(active, x1, torch.zeros((), dtype=x1.dtype, device=x1.device)),)
+        return (torch.where(active.view(x1.shape), x1, torch.zeros((), dtype=x1.dtype, device=x1.device)),)
 
 
 def logit(probability: float) -> float:

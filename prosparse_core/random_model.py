@@ -6,6 +6,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from prosparse_core.families import family_of
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -13,8 +15,12 @@ CHAT_TEMPLATE = (
 SAMPLE_FILES = 60
 
 
-def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Path) -> None:
-    """Write a randomly initialised model of ``model_type`` and a byte-level BPE tokenizer trained on Python source."""
+def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Path) -> Any:
+    """Write a randomly initialised model of ``model_type`` and a byte-level BPE tokenizer trained on Python source;
+    returns the model.
+
+    ``intermediate_size`` is d_ff whatever the architecture calls it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -28,10 +34,14 @@ def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Pat
         **config,
         "vocab_size": len(tokenizer),
     }
+    family = family_of({"model_type": model_type})
+    if family is not None:
+        settings = family.named(settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return model
 
 
 def train_tokenizer(vocab_size: int) -> Any:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
+from prosparse_core.family import Family
 from prosparse_core.recipe_text import apply_override, explain
 from prosparse_core.recipe_train import Distill, Section, Train
 
@@ -51,6 +52,10 @@ class Model(Section):
     config: dict[str, Any] = Field(default_factory=dict)
     """Only for ``random:FAMILY``: the keys of the Hugging Face config."""
     shape: Shape | None = None
+    family: Family | None = None
+    """Where its FFNs are, for an architecture that is of no known family; see :class:`prosparse_core.family.Family`."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the checkpoint, for an architecture that transformers does not have."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast precision of every forward pass (weights stay fp32); ``auto`` is bf16 where the hardware has it."""
 

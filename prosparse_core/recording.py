@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
+from prosparse_core.forward import last_logits_only
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.predictor_input import Input, input_module
 from prosparse_core.store import write_json
@@ -55,7 +56,7 @@ class LayerRecording:
     layer: int
     d_ff: int
     inputs: Tensor
-    """[num_tokens, d_model]: x, the input of gate and up (behind the norm), or the residual stream before the norm."""
+    """[num_tokens, d_model]: x, the input of the FFN (behind the norm), or the residual stream before the norm."""
     packed_active: Tensor
     """uint8 [num_tokens, ceil(d_ff / 8)]: the bits of x1 != 0; see :meth:`active`."""
     packed_top: Tensor | None = None
@@ -181,7 +182,7 @@ def record(
             for tokens in batches_of_tokens:
                 with autocast(precision, device.type):
                     # The logits of one position: the language model's head is no part of what is recorded.
-                    model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=1)
+                    model(input_ids=tokens.to(device), use_cache=False, **last_logits_only(model))
                 if recorder.is_full():
                     break
             return recorder.recording()
@@ -239,15 +240,13 @@ class _Recorder:
         self._num_tokens, self._stride, self._folder, self._dtype = num_tokens, stride, folder, dtype
         self._ffns = [ffns[i] for i in wanted]
         self._modules = [input_module(model, f, source) for f in self._ffns]
-        self._top = {f.layer: max(1, int(top_share * f.down.in_features)) for f in self._ffns} if top_share else {}
+        self._top = {f.layer: max(1, int(top_share * f.d_ff)) for f in self._ffns} if top_share else {}
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        self._x = {f.layer: self._room(f.layer, "inputs", f.gate.in_features, dtype) for f in self._ffns}
-        self._bits = {f.layer: self._room(f.layer, "active", -(-f.down.in_features // 8)) for f in self._ffns}
-        self._top_bits = {
-            f.layer: self._room(f.layer, "top", -(-f.down.in_features // 8)) for f in self._ffns if self._top
-        }
+        self._x = {f.layer: self._room(f.layer, "inputs", f.d_model, dtype) for f in self._ffns}
+        self._bits = {f.layer: self._room(f.layer, "active", -(-f.d_ff // 8)) for f in self._ffns}
+        self._top_bits = {f.layer: self._room(f.layer, "top", -(-f.d_ff // 8)) for f in self._ffns if self._top}
         self._filled_x, self._filled_bits = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
 
     def _room(self, layer: int, name: str, width: int, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -299,14 +298,14 @@ class _Recorder:
         if count == 0:
             raise BadInput("no tokens to record activations on", hint="the corpora are shorter than one token window")
         if self._folder is not None:
-            layers = [{"layer": f.layer, "d_model": f.gate.in_features, "d_ff": f.down.in_features} for f in self._ffns]
+            layers = [{"layer": f.layer, "d_model": f.d_model, "d_ff": f.d_ff} for f in self._ffns]
             described = {"num_tokens": count, "dtype": str(self._dtype).removeprefix("torch.")}
             write_json(self._folder / WHOLE, {**described, "has_top": bool(self._top), "layers": layers})
         return Recording(
             tuple(
                 LayerRecording(
                     f.layer,
-                    f.down.in_features,
+                    f.d_ff,
                     self._x[f.layer][:count],
                     self._bits[f.layer][:count],
                     self._top_bits[f.layer][:count] if self._top else None,

@@ -1,4 +1,4 @@
-"""L1 on x1 = act(gate(x)) * up(x), the input of down (paper, eq. 2), with explicit reductions.
+"""L1 on x1, the input of down (paper, eq. 2; see ``family`` for x1 without a gate), with explicit reductions.
 
 The penalty never enters the loss graph: an autograd function passes x1 through, and in backward it adds the penalty's
 own gradient, coefficient * sign(x1). It saves the very x1 that down saves for its weights, so that no second copy of
@@ -55,7 +55,7 @@ class L1Regularizer:
         ffns = find_ffns(model)
         self.num_layers = len(ffns)
         self._down = ffns[0].down
-        self.d_ff = self._down.in_features
+        self.d_ff = ffns[0].d_ff
         self.reduction = reduction
         self.l1_lambda = 0.0
         self.scale = 1.0
@@ -114,7 +114,7 @@ class L1Regularizer:
         Args:
             group: sum over the processes of this group, all of which must call; every one gets the same numbers.
         """
-        zero = torch.zeros((), device=self._down.weight.device)
+        zero = torch.zeros((), device=next(self._down.parameters()).device)
         sums = torch.stack([torch.stack(part or [zero]).double().sum() for part in (self._abs, self._zeros)])
         sums = torch.cat([sums, sums.new_tensor([self._count])])
         self._abs, self._zeros, self._count = [], [], 0

@@ -71,7 +71,7 @@ class SparsityMeter:
 
     def __init__(self, model: nn.Module) -> None:
         ffns = find_ffns(model)
-        self._d_ff = [f.down.in_features for f in ffns]
+        self._d_ff = [f.d_ff for f in ffns]
         self.mask: Tensor | None = None
         self.reset()
         self._handles = [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prosparse_core.activations import FATReLU, ReLU, ShiftedReLU
 from prosparse_core.errors import BadInput
-from prosparse_core.families import find_ffns
+from prosparse_core.families import FFN, Family, find_ffns
 
 UNKNOWN_TO_TRANSFORMERS = "prosparse_"
 """Before the name of an activation in a saved config: only the pipeline, which puts it in again, can load that."""
@@ -25,12 +25,18 @@ def substitute(model: nn.Module, make: Callable[[int], nn.Module]) -> int:
     for ffn in ffns:
         ffn.swap_activation(make(ffn.layer))
     swapped = sum(isinstance(f.activation, type(make(f.layer))) for f in ffns)
-    assert swapped == len(ffns) == model.config.num_hidden_layers, f"{swapped} of {len(ffns)} activations swapped"  # type: ignore[union-attr]
+    assert swapped == len(ffns) == ffns[0].family.num_layers(model.config), (
+        f"{swapped} of {len(ffns)} activations swapped"
+    )
     return swapped
 
 
 def use_relu(model: nn.Module) -> int:
-    """Substitute ReLU and say so in the config, so that a plain reload of the saved model runs ReLU too."""
+    """Substitute ReLU and say so in the config, so that a plain reload of the saved model runs ReLU too.
+
+    Where the architecture's code has its activation built in (``Family.act_is_built_in``) no config can say so: such a
+    model is loaded by ``load_variant``, or exported with code of its own.
+    """
     swapped = substitute(model, lambda layer: ReLU())
     family = find_ffns(model)[0].family
     setattr(model.config, family.config_key, "relu")
@@ -40,8 +46,8 @@ def use_relu(model: nn.Module) -> int:
 def use_activation(model: nn.Module, activation: str, shift: float | None = None) -> int:
     """Substitute by name: original (nothing is swapped), relu, shifted_relu (needs ``shift``) or drelu.
 
-    dReLU puts ReLU on gate and up (arXiv 2406.05955). A saved shifted_relu or drelu model is refused by a plain
-    reload: its config names an activation that transformers does not have.
+    dReLU puts ReLU on gate and up (arXiv 2406.05955); an FFN without a gate has none. A saved shifted_relu or drelu
+    model is refused by a plain reload: its config names an activation that transformers does not have.
 
     Returns:
         The number of swapped activations.
@@ -56,15 +62,38 @@ def use_activation(model: nn.Module, activation: str, shift: float | None = None
     elif activation == "drelu":
         swapped = substitute(model, lambda layer: ReLU())
         for ffn in find_ffns(model):
-            ffn.up.register_forward_hook(_relu_of_output)
+            _put_relu_on_up(ffn)
     else:
         raise BadInput(f"unknown activation {activation!r}", hint="original, relu, shifted_relu or drelu")
     setattr(model.config, find_ffns(model)[0].family.config_key, UNKNOWN_TO_TRANSFORMERS + activation)
     return swapped
 
 
-def _relu_of_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return torch.relu(output)
+def require_up(family: Family, what: str) -> None:
+    """Refuse dReLU where there is only one projection to put a ReLU on.
+
+    Raises:
+        BadInput: the family has no gate.
+    """
+    if not family.is_gated:
+        raise BadInput(
+            f"{what}: an FFN of family {family.name} has no gate, so that dReLU would be plain ReLU",
+            hint="use relu",
+        )
+
+
+def _put_relu_on_up(ffn: FFN) -> None:
+    require_up(ffn.family, "drelu")
+    d_ff = ffn.d_ff
+
+    def relu_of_up(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if ffn.family.gate_up is None:
+            return torch.relu(output)
+        return torch.cat([output[..., :d_ff], torch.relu(output[..., d_ff:])], dim=-1)
+
+    name = ffn.family.gate_up or ffn.family.up
+    assert name is not None
+    ffn.module.get_submodule(name).register_forward_hook(relu_of_up)
 
 
 def use_thresholds(model: nn.Module, thresholds: Sequence[float]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput
-from prosparse_core.families import EXPORTED, require_family
+from prosparse_core.families import EXPORTED, FAMILY_KEY, Family, require_family
 from prosparse_core.store import Artifact, read_record
 from prosparse_core.thresholds import THRESHOLDS as THRESHOLDS
 from prosparse_core.thresholds import Thresholds, read_thresholds
@@ -99,7 +99,8 @@ class Variant:
         if self.thresholds is None:
             return None
         found = read_thresholds(self.thresholds.path)
-        num_layers = int(check_folder(self.checkpoint.path / MODEL)["num_hidden_layers"])
+        config = check_folder(self.checkpoint.path / MODEL)
+        num_layers = require_family(config, where=str(self.checkpoint.path)).num_layers(config)
         found.require(num_layers=num_layers, checkpoint=self.checkpoint.digest)
         return found
 
@@ -124,6 +125,8 @@ def load_variant(variant: Variant, device: str = "cpu") -> tuple[Any, Any]:
 def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     """Model (fp32, eval mode) and tokenizer of a Hugging Face folder of a known family.
 
+    Code in the folder is run: only ``base_model`` with ``model.trust_remote_code`` leaves an auto_map in a config.
+
     Raises:
         BadInput: no config there, or an architecture of no known family (said before any weight is read).
     """
@@ -132,27 +135,31 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from prosparse_core.families import family_of
     from prosparse_core.substitute import UNKNOWN_TO_TRANSFORMERS
 
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    family = family_of(str(found["model_type"]))
-    assert family is not None, "check_folder knows the family"
-    if str(getattr(config, family.config_key)).startswith(UNKNOWN_TO_TRANSFORMERS):
+    options = {"local_files_only": True, "trust_remote_code": "auto_map" in found}
+    config = AutoConfig.from_pretrained(folder, **options)
+    family = require_family(found, where=str(folder))
+    if str(getattr(config, family.config_key, None)).startswith(UNKNOWN_TO_TRANSFORMERS):
         setattr(config, family.config_key, "relu")  # the caller puts the activation in: a variant names it
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **options)
     return model.to(device).eval(), load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    config = folder / "config.json"
+    trusted = config.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path, family: Family | None = None) -> dict[str, Any]:
     """The config of a model folder, checked without reading weights.
+
+    Args:
+        family: what a recipe says of it; None: an entry or the config itself says it.
 
     Raises:
         BadInput: no such folder, no config, unknown family, or an exported model.
@@ -170,5 +177,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"{folder} is a model this pipeline exported: it runs FATReLU by code of its own, and is no dense model",
             hint=f"measure it with prosparse evaluate {folder}",
         )
-    require_family(str(config.get("model_type")), where=str(folder))
+    described = {} if family is None else {FAMILY_KEY: family.model_dump()}
+    require_family({**config, **described}, where=str(folder))
     return config

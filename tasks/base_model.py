@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.families import require_family
+from prosparse_core import minicpm
+from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
+from prosparse_core.families import FAMILY_KEY, find_ffns, require_family
 from prosparse_core.recipe import Model
-from prosparse_core.store import Artifact
+from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
 from tasks.step import Run, Work
 
 VERSION = 1
 HASHED_WHOLE_BELOW = 2 << 30
+TRUST = "read that code, then say model.trust_remote_code: true"
 
 
 def base_model(run: Run, model: Model | None = None) -> Artifact:
@@ -26,8 +29,9 @@ def base_model(run: Run, model: Model | None = None) -> Artifact:
     Args:
         model: another one than the recipe's dense model, such as an imported ReLU checkpoint.
     """
+    of_recipe = model is None
     model = model or run.recipe.model
-    return run.step(
+    artifact = run.step(
         "base_model",
         f"base model · {model.id}",
         lambda work: _build(work, model, run.recipe.seed),
@@ -36,18 +40,49 @@ def base_model(run: Run, model: Model | None = None) -> Artifact:
         inputs={},
         needs_bytes=1 << 30,
     )
+    if of_recipe:
+        check_chain(run, artifact, [run.recipe.train.activation])
+    return artifact
+
+
+def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
+    """Refuse what a later step of the recipe could not do with this architecture; nothing while it is only planned.
+
+    Args:
+        activations: what is going to be put into the model.
+
+    Raises:
+        BadInput: dReLU without a gate, or predictors on the input before a norm that is not there.
+    """
+    if dense.folder is None:
+        return
+    from prosparse_core.predictor_input import require_norm
+    from prosparse_core.substitute import require_up
+
+    config = check_folder(dense.folder / MODEL)
+    family = require_family(config, where="model")
+    if run.recipe.predictor.input == "pre_norm":
+        require_norm(config, family)
+    if "drelu" in activations:
+        require_up(family, "drelu")
 
 
 def identity(model: Model) -> dict[str, Any]:
     """What decides the dense model, checked without loading it.
 
     Raises:
-        BadInput: no such folder or file, no GGUF, unknown family.
+        BadInput: no such folder or file, no GGUF, unknown family, code that is not trusted.
         EnvironmentProblem: the package that carries the model is not installed.
     """
+    described = {} if model.family is None else {"family": model.family.model_dump(mode="json")}
+    trusted = {"trust_remote_code": True} if model.trust_remote_code else {}
+    return {**_source(model), **described, **trusted}
+
+
+def _source(model: Model) -> dict[str, Any]:
     kind, _, rest = model.source.partition(":")
     if kind == "random":
-        require_family(rest, where="model.source")
+        require_family(_with_family({**model.config, "model_type": rest}, model), where="model.source")
         return {"source": model.source, "config": model.config}
     if model.config:
         raise BadInput("model.config is only for model.source: random:FAMILY", hint="remove it, or use random:llama")
@@ -58,7 +93,8 @@ def identity(model: Model) -> dict[str, Any]:
         check_gguf(path)
         return {"gguf": hash_files([path])}
     if path.is_dir():
-        check_folder(path)
+        check_folder(path, model.family)
+        _check_code(path, model)
         return {"folder": hash_files(sorted(p for p in path.iterdir() if p.is_file()))}
     if model.source.startswith((".", "/", "~")) or model.source.count("/") != 1:
         raise BadInput(
@@ -90,52 +126,127 @@ def _build(work: Work, model: Model, seed: int) -> None:
     if kind == "random":
         from prosparse_core.random_model import build_random
 
-        build_random(rest, model.config, seed, target)
+        _require_fit(build_random(rest, model.config, seed, target), model)
     elif kind == "package":
-        _from_gguf(_gguf_of(rest), target, work)
+        _from_gguf(_gguf_of(rest), model, target, work)
     elif model.source.endswith(".gguf"):
-        _from_gguf(Path(model.source).expanduser(), target, work)
+        _from_gguf(Path(model.source).expanduser(), model, target, work)
     else:
         _from_pretrained(model, target, work)
+    _settle_config(target, model)
     config = check_folder(target)
     check_tokenizer(target)
     work.meta.update(sizes_of(config))
+
+
+def _settle_config(folder: Path, model: Model) -> None:
+    """The recipe's family goes into config.json, so that it is known wherever the weights go; and auto_map stays only
+    where the code it names is in the folder: then, and only then, is code of a model folder run."""
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    config = _with_family(saved, model)
+    code = config.pop("auto_map", None)
+    if code and model.trust_remote_code:
+        local = {auto: str(name).rpartition("--")[2] for auto, name in code.items() if isinstance(name, str)}
+        config["auto_map"] = {a: n for a, n in local.items() if (folder / f"{n.partition('.')[0]}.py").is_file()}
+    if config != saved:
+        write_json(path, config)
+
+
+def _with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    described = (
+        {} if model.family is None else {FAMILY_KEY: model.family.model_dump(mode="json", exclude_defaults=True)}
+    )
+    return {**config, **described}
+
+
+def _check_code(folder: Path, model: Model) -> None:
+    """Refuse an architecture whose code comes with it and is not trusted, before transformers does."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if model.trust_remote_code or "AutoModelForCausalLM" not in config.get("auto_map", {}):
+        return
+    if config["model_type"] == minicpm.MODEL_TYPE:
+        minicpm.granite_config(config)
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise BadInput(_untrusted(str(folder), config["model_type"]), hint=TRUST)
+
+
+def _untrusted(source: str, model_type: str) -> str:
+    return f"model.source: {source} is a {model_type}, which runs by code of its own that is not trusted"
 
 
 def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What tables say of a model, from its config.json."""
     return {
         "model_type": config["model_type"],
-        "num_layers": config["num_hidden_layers"],
-        "d_model": config["hidden_size"],
-        "d_ff": config["intermediate_size"],
+        **vars(require_family(config, where="model").sizes(config)),
         "tied": bool(config.get("tie_word_embeddings", False)),
     }
 
 
 def _from_pretrained(model: Model, target: Path, work: Work) -> None:
-    """A hub id or a local folder, saved again as safetensors in the dtype it comes in."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    """A hub id or a local folder, saved again as safetensors in the dtype it comes in.
+
+    A MiniCPM whose code is not trusted is read as the Granite it is.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GraniteConfig, PreTrainedConfig
+    from transformers import __version__ as version
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     source = str(Path(model.source).expanduser()) if Path(model.source).expanduser().is_dir() else model.source
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(source, revision=model.revision)
-        require_family(config.model_type, where=source)
+        raw, _ = PreTrainedConfig.get_config_dict(source, revision=model.revision)
+        if raw.get("model_type") == minicpm.MODEL_TYPE and not model.trust_remote_code:
+            work.progress.note("this MiniCPM is read as the Granite it is: no code of its own is needed")
+            config: Any = GraniteConfig(**minicpm.granite_config(raw))
+        else:
+            config = AutoConfig.from_pretrained(source, **options)
+        require_family(_with_family(config.to_dict(), model), where=source)
         work.progress.note(f"reading {source}" + (f" at {model.revision}" if model.revision else ""))
-        loaded = AutoModelForCausalLM.from_pretrained(source, revision=model.revision, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=model.revision)
+        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto", **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except ProSparseError:
+        raise
+    except (ImportError, AttributeError, SyntaxError, TypeError) as error:
+        if not model.trust_remote_code:
+            raise
+        raise BadInput(
+            f"model.source: the code that comes with {source!r} does not run with transformers {version}: {error}",
+            hint="take a revision whose code does (model.revision), or convert the checkpoint to an architecture that "
+            "transformers has",
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise BadInput(_untrusted(source, "model"), hint=TRUST) from error
+        raise BadInput(
+            f"model.source: transformers {version} cannot read {source!r}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
     except OSError as error:
         raise BadInput(
             f"model.source: cannot get {source!r}: {str(error).splitlines()[0]}",
             hint="check the id and the revision, the network, or give a local folder",
         ) from error
+    _require_fit(loaded, model)
     loaded.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def _from_gguf(path: Path, target: Path, work: Work) -> None:
+def _require_fit(loaded: Any, model: Model) -> None:
+    """Find every FFN now: a description that does not fit must not be told after the data was prepared.
+
+    Raises:
+        BadInput: see ``find_ffns``.
+    """
+    loaded.config.update(_with_family({}, model))
+    find_ffns(loaded)
+
+
+def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     """Dequantise a GGUF once to fp32. A fresh model takes the weights: the loaded one refuses to be saved."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -146,13 +257,14 @@ def _from_gguf(path: Path, target: Path, work: Work) -> None:
     work.progress.note(f"dequantising {path.name}")
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    require_family(config.model_type, where=str(path))
+    require_family(_with_family(config.to_dict(), model), where=str(path))
     with _reported(gguf_reader, work):
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     fresh = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
+    _require_fit(fresh, model)
     fresh.save_pretrained(target)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 

@@ -63,6 +63,7 @@ def calibrate(run: Run, variant: Variant, corpora: Artifact, note: str = "") -> 
 def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
     from prosparse_core.calibration import CETTS, calibrate, calibrate_cett
     from prosparse_core.cett import measure_cett, thresholds_at
+    from prosparse_core.families import find_ffns
     from prosparse_core.mixing import Mixture
     from prosparse_core.perplexity import measure
     from prosparse_core.substitute import use_thresholds
@@ -100,7 +101,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
         )
     rule = max(curves, key=lambda name: curves[name].best.mixed.sparsity) if section.rule == "best" else section.rule
     work.progress.update(total, total, threshold=curves[rule].chosen)
-    _record(work, run, variant, curves, rule, model.config.num_hidden_layers)
+    _record(work, run, variant, curves, rule, len(find_ffns(model)))
 
 
 def _require_windows(windows: dict[str, Any], corpora: Artifact) -> None:

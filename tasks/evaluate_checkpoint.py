@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import BadInput
+from prosparse_core.export import CODE_FILES
 from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.ledger import Ledger
 from prosparse_core.recipe import Model
@@ -94,10 +95,16 @@ def _of_folder(model: str, folder: Path) -> Target:
     found = Model(id=name, source=str(folder))
     if is_fatrelu(config):
         dense_config(config, where=str(folder))
+        if foreign := sorted(p.name for p in folder.glob("*.py") if p.name not in CODE_FILES):
+            raise BadInput(
+                f"{folder} is an exported model of an architecture with code of its own ({', '.join(foreign)}), which "
+                "is not run from here",
+                hint='measure the variant it was made of: prosparse query "SELECT variant FROM variants"',
+            )
         if not list(folder.glob("*.safetensors")):
             raise BadInput(f"{folder} has no safetensors weights")
         return Target(found, "prosparse", "fatrelu", exported=str(folder))
-    family = require_family(str(config.get("model_type")), where=str(folder))
+    family = require_family(config, where=str(folder))
     is_relu = str(config.get(family.config_key)) == "relu"
     return Target(found, "relu" if is_relu else "original", "relu" if is_relu else "original")
 
@@ -137,10 +144,10 @@ def dense_config(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, An
     """
     model_type = str(config["model_type"])
     plain = FATRELU_TYPES.get(model_type) or model_type.removeprefix(EXPORTED)
-    family = require_family(plain, where=where)
+    family = require_family({**config, "model_type": plain}, where=where)
     activation = config.get(family.config_key, config.get("hidden_act"))
     one, each = config.get("hidden_act_param"), config.get("hidden_act_params")
-    num_layers = int(config["num_hidden_layers"])
+    num_layers = family.num_layers(config)
     thresholds: Any = each if each is not None else [one] * num_layers
     sound = isinstance(thresholds, list) and all(
         isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in thresholds
@@ -153,8 +160,7 @@ def dense_config(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, An
         )
     dropped = ("hidden_act_param", "hidden_act_params", "auto_map", "architectures", "_name_or_path")
     kept = {k: v for k, v in config.items() if k not in dropped}
-    keys = {"hidden_act", family.config_key} | ({"hidden_activation"} & config.keys())
-    kept |= {"model_type": plain, **dict.fromkeys(sorted(keys), "relu")}
+    kept |= {"model_type": plain, **dict.fromkeys(family.activation_keys(config), "relu")}
     return kept, [float(t) for t in thresholds]
 
 

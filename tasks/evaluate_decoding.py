@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prosparse_core.forward import last_logits_only
 from prosparse_core.precision import Precision, autocast
 
 WORTH_SHARING = 32
@@ -42,7 +43,7 @@ def read_prefix(model: Any, ids: Sequence[int], precision: Precision) -> Prefix 
         return None
     device = next(model.parameters()).device
     with torch.inference_mode(), autocast(precision, device.type):
-        out = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True, logits_to_keep=1)
+        out = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=True, **last_logits_only(model))
     return Prefix(list(ids), out.past_key_values)
 
 
@@ -68,7 +69,7 @@ def score_answers(
             input_ids=torch.tensor([list(context[start:])], device=device),
             past_key_values=copy.deepcopy(prefix.cache) if prefix else None,
             use_cache=True,
-            logits_to_keep=1,
+            **last_logits_only(model),
         )
         logits_ACV = out.logits[:, -1:].float().expand(len(answers), -1, -1)
         if longest > 1:
@@ -130,7 +131,7 @@ def decode_greedily(
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **last_logits_only(model),
             )
             cache, next_B = out.past_key_values, out.logits[:, -1].argmax(1)
             for row, token in zip(running, next_B.tolist(), strict=True):

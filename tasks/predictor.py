@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prosparse_core.families import require_family
 from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.recipe import Predictor
 from prosparse_core.store import Artifact
@@ -21,6 +22,7 @@ from tasks.step import Run, Work
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prosparse_core.families import FFN
     from prosparse_core.predictor import CutoffMetrics, LayerPredictor
     from prosparse_core.recording import Recording
 
@@ -61,19 +63,20 @@ def _bytes_of_recordings(section: Predictor, variant: Variant) -> int:
     if variant.checkpoint.folder is None:
         return 0
     config = check_folder(variant.checkpoint.folder / MODEL)
-    d_model, d_ff, num_layers = (config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    sizes = require_family(config, where=str(variant.checkpoint.folder)).sizes(config)
     num_tokens = section.train_tokens + section.test_tokens * (2 if section.target_recall else 1)
-    return num_tokens * num_layers * (2 * d_model + d_ff // 4)
+    return num_tokens * sizes.num_layers * (2 * sizes.d_model + sizes.d_ff // 4)
 
 
 def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
     from prosparse_core import predictor as predictors
+    from prosparse_core.families import find_ffns
     from prosparse_core.predictor_cutoff import active_scores
     from prosparse_core.variants import load_variant
 
     section, seed = run.recipe.predictor, run.recipe.seed
     model, tokenizer = load_variant(variant, device)
-    num_layers = model.config.num_hidden_layers
+    num_layers = len(find_ffns(model))
     total = num_layers / (1 - RECORDING_SHARE - PERPLEXITY_SHARE)
     trained_at = total * RECORDING_SHARE
     training, testing, choosing = _record(work, run, model, tokenizer, corpora, precision, total)
@@ -196,11 +199,14 @@ def _starts(model: Any, section: Predictor, seed: int) -> list[LayerPredictor] |
     from prosparse_core.predictor_input import norm_before, norm_scale
     from prosparse_core.predictor_start import svd_predictor
 
+    def channels(ffn: FFN) -> Tensor | None:
+        return norm_scale(norm_before(model, ffn), ffn.d_model, model.device) if section.input == "pre_norm" else None
+
     return [
         svd_predictor(
-            ffn.gate.weight,
+            ffn.act_weight,
             section.hidden,
-            channels=norm_scale(norm_before(model, ffn)) if section.input == "pre_norm" else None,
+            channels=channels(ffn),
             generator=torch.Generator().manual_seed(layer_seed(seed, ffn.layer)),
         )
         for ffn in find_ffns(model)

@@ -42,12 +42,12 @@ def use_sparse_ffns(
         exchanged = ExchangedFFNs(
             model,
             lambda ffn: SparseFFN(
-                ffn.gate.weight, ffn.up.weight, ffn.down.weight, running[ffn.layer], implementation, threads
+                ffn.act_weight, ffn.up_weight, ffn.down_weight, running[ffn.layer], implementation, threads
             ),
         )
     except RuntimeError as error:
         raise EnvironmentProblem(str(error)) from error
-    assert exchanged.count() == model.config.num_hidden_layers, f"{exchanged.count()} FFNs exchanged"  # type: ignore[union-attr]
+    assert exchanged.count() == len(running), f"{exchanged.count()} of {len(running)} FFNs exchanged"
     return exchanged
 
 

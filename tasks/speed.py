@@ -67,7 +67,8 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
     from kernels import cpu
     from kernels.bench import bench_layers
     from kernels.measure import torch_threads
-    from prosparse_core.decode import ffn_thresholds
+    from prosparse_core.decode import ffn_thresholds, why_not_sparse
+    from prosparse_core.families import find_ffns
     from prosparse_core.mixing import Mixture
     from prosparse_core.recording import held_out_windows
     from prosparse_core.variants import load_variant
@@ -79,9 +80,13 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
             f"speed.threads={section.threads}: this machine's compiler has no OpenMP", hint="use --set speed.threads=1"
         )
     model, tokenizer = load_variant(variant, "cpu")
-    thresholds = ffn_thresholds(model)
     windows = list(held_out_windows(Mixture(corpora.path, run.recipe.seed), tokenizer))
     report = _Reporter(work, run, variant, None if native else f"no native kernels: {native.why}")
+    if obstacle := why_not_sparse(find_ffns(model)[0]):
+        recording = _record(model, windows, section.num_tokens)
+        report.nothing(obstacle, sum(layer.sparsity for layer in recording.layers) / len(recording.layers))
+        return
+    thresholds = ffn_thresholds(model)
     with torch_threads(section.threads):
         recording = _record(model, windows, section.num_tokens)
         weights, inputs = _weights(model), [layer.inputs for layer in recording.layers]
@@ -160,7 +165,7 @@ def _weights(model: nn.Module) -> list[FFNWeights]:
     from prosparse_core.families import find_ffns
 
     return [
-        FFNWeights(f.gate.weight.detach(), f.up.weight.detach(), f.down.weight.detach().t().contiguous())
+        FFNWeights(f.act_weight.detach(), f.up_weight.detach(), f.down_weight.detach().t().contiguous())
         for f in find_ffns(model)
     ]
 
@@ -276,6 +281,13 @@ class _Reporter:
             limit_speedup=self._limit["decode"],
             note=found.problem or f"{found.implementation} kernels",
         )
+
+    def nothing(self, obstacle: str, sparsity: float) -> None:
+        """No kernel computes such an FFN: every speed-up is n/a for this reason, which is no failure."""
+        self._work.progress.note(f"speed is n/a: {obstacle}")
+        self._reasons = dict.fromkeys((*KERNELS, "decode"), obstacle)
+        self._implementation, self._sparsity = "n/a", sparsity
+        self.finish()
 
     def finish(self) -> None:
         """``gate_passed``: nothing that ran disagreed with its reference; ``reasons``: why a speed-up is None.

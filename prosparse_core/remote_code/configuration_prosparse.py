@@ -7,6 +7,9 @@ from typing import Any
 
 from transformers import LlamaConfig as BaseConfig
 
+ACTIVATION_KEYS = ("hidden_act",)
+"""Every key that names the FFN's activation in configs of this architecture."""
+
 
 class ProSparseConfig(BaseConfig):
     """The base architecture's config with ``hidden_act: fatrelu``.
@@ -34,7 +37,7 @@ class ProSparseConfig(BaseConfig):
         Raises:
             ValueError: the config does not say FATReLU with one sound threshold per layer.
         """
-        for key in ("hidden_act", "hidden_activation"):
+        for key in {"hidden_activation", *ACTIVATION_KEYS}:
             if getattr(self, key, "fatrelu") != "fatrelu":
                 raise ValueError(
                     f"{key} is {getattr(self, key)!r}: these weights were trained for FATReLU and are wrong under any "

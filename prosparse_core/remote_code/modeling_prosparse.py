@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM as BaseForCausalLM
 from transformers import LlamaModel as BaseModel
 
-from .configuration_prosparse import ProSparseConfig
+from .configuration_prosparse import ACTIVATION_KEYS, ProSparseConfig
+
+LAYERS = "model.layers"
+"""Path from the language model to its layers."""
+ACTIVATION = "mlp.act_fn"
+"""Path from a layer to the activation of its FFN."""
 
 
 class FATReLU(nn.Module):
@@ -28,13 +33,26 @@ class FATReLU(nn.Module):
         return f"threshold={self.threshold}"
 
 
+def rename_as_the_base_does() -> None:
+    """transformers (from 5 on) gives the weights of some architectures other names in files than in the model, by the
+    class or the ``model_type``. Ours are the same weights under another ``model_type``."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping as found
+        from transformers.conversion_mapping import register_checkpoint_conversion_mapping as register
+    except ImportError:
+        return
+    renaming = found(BaseForCausalLM.__name__) or found(ProSparseConfig.model_type.removeprefix("prosparse_"))
+    if renaming:
+        register(ProSparseConfig.model_type, renaming, overwrite=True)
+
+
 class UsesFATReLU(nn.Module):
     """Builds the base model around a stand-in activation, then gives each layer its own FATReLU."""
 
     def __init__(self, config: ProSparseConfig, *args: Any, **kwargs: Any) -> None:
         thresholds = config.layer_thresholds()
         # The base class looks its activation up by name while it is built, and knows no fatrelu.
-        keys = [k for k in ("hidden_act", "hidden_activation") if hasattr(config, k)]
+        keys = [k for k in ("hidden_activation", *ACTIVATION_KEYS) if hasattr(config, k)]
         try:
             for key in keys:
                 setattr(config, key, "relu")
@@ -43,8 +61,10 @@ class UsesFATReLU(nn.Module):
             for key in keys:
                 setattr(config, key, "fatrelu")
         decoder: Any = self.base_model
-        for layer, threshold in zip(decoder.layers, thresholds, strict=True):
-            layer.mlp.act_fn = FATReLU(threshold)
+        layers = decoder.get_submodule(LAYERS.removeprefix(f"{decoder.base_model_prefix}."))
+        path, _, name = ACTIVATION.rpartition(".")
+        for layer, threshold in zip(layers, thresholds, strict=True):
+            setattr(layer.get_submodule(path), name, FATReLU(threshold))
 
 
 class ProSparseModel(UsesFATReLU, BaseModel):
@@ -57,3 +77,6 @@ class ProSparseForCausalLM(UsesFATReLU, BaseForCausalLM):
     """The language model."""
 
     config_class = ProSparseConfig
+
+
+rename_as_the_base_does()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from prosparse_core.families import FAMILIES, family_of
+
+MODEL_TYPES = [t for family in FAMILIES for t in family.model_types]
+GATED = [t for family in FAMILIES if family.is_gated for t in family.model_types]
+REMOTE_CODE = {"minicpm": Path(__file__).parent / "remote_minicpm"}
+"""Architectures that transformers does not have: a folder with their code and a config that names it."""
+
 
 def tiny(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
-    """A random causal LM of a few thousand weights; d_ff is divisible by nothing."""
+    """A random causal LM of a few thousand weights; d_ff is divisible by nothing (where the architecture lets it)."""
     settings = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -24,9 +32,21 @@ def tiny(model_type: str = "llama", seed: int = 0, **changes: Any) -> Any:
         "pad_token_id": 0,
         **changes,
     }
+    family = family_of({"model_type": model_type})
+    settings = settings if family is None else family.named(settings)
+    if model_type == "falcon":  # there head_dim follows from the others and cannot be set
+        del settings["head_dim"]
+    if model_type == "gpt_neo":
+        settings["attention_types"] = [[["global"], settings["num_hidden_layers"]]]
+    if model_type == "gptj":
+        settings["rotary_dim"] = 4
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **settings)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if model_type in REMOTE_CODE:
+        config = AutoConfig.from_pretrained(REMOTE_CODE[model_type], trust_remote_code=True, **settings)
+    else:
+        config = AutoConfig.for_model(model_type, **settings)
+    trust = {"trust_remote_code": True} if model_type in REMOTE_CODE else {}
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust).eval()
 
 
 def tokens(batch: int = 2, length: int = 16, seed: int = 1, vocab: int = 96) -> torch.Tensor:

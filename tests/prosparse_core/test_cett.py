@@ -37,21 +37,21 @@ def brute_force(model: Any, tokens: Tensor, layer: int, precision: Precision) ->
     """CETT at a threshold by the definition: zero what lies below it, multiply, divide the norms, take the mean."""
     ffn, seen = find_ffns(model)[layer], {}
     hooks = [
-        ffn.gate.register_forward_hook(lambda m, args, out: seen.update(gate=out)),
+        ffn.activation.register_forward_pre_hook(lambda m, args: seen.update(gate=args[0])),
         ffn.down.register_forward_pre_hook(lambda m, args: seen.update(x1=args[0])),
     ]
     with torch.no_grad(), autocast(precision):
         model(input_ids=tokens, use_cache=False)
     for hook in hooks:
         hook.remove()
-    gate, x1 = seen["gate"].flatten(0, 1).double(), seen["x1"].flatten(0, 1).double()
-    weight = ffn.down.weight.detach().double()
+    gate, x1 = seen["gate"].flatten(0, -2).double(), seen["x1"].flatten(0, -2).double()
+    weight = ffn.down_weight.detach().double()
     norms = (x1 @ weight.T).norm(dim=1)
     return lambda t: float(((torch.where(torch.relu(gate) < t, x1, 0.0) @ weight.T).norm(dim=1) / norms).mean())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "gpt2", "opt", "minicpm"])
 def test_every_candidate_is_as_the_definition_says(model_type: str, precision: Precision) -> None:
     model, x = relu_model(model_type=model_type), tokens(5, 12)
     curves = measure_cett(model, [(x[:3], x[:3]), (x[3:], x[3:])], precision=precision, num_tokens=60, batch_size=5)
@@ -103,8 +103,8 @@ def test_a_layer_without_output_loses_nothing_and_a_dead_one_gets_no_threshold()
     model, x = relu_model(), tokens()
     ffns = find_ffns(model)
     with torch.no_grad():
-        ffns[0].down.weight.zero_()
-        ffns[1].gate.weight.zero_()
+        ffns[0].down_weight.zero_()
+        ffns[1].act_weight.zero_()
     no_output, dead, whole = measure_cett(model, [(x, x)], precision="fp32")
     assert no_output.num_tokens == dead.num_tokens == 0
     assert not bool(no_output.cett.any())
@@ -156,7 +156,7 @@ def test_the_model_is_left_as_it_was() -> None:
     measure_cett(model, [(x, x)], precision="fp32", batch_size=1, on_batch=lambda i, n: done.append((i, n)))
     assert done == [(1, 2), (2, 2)]
     assert model.training
-    assert not any(f.gate._forward_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
+    assert not any(f.activation._forward_pre_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
 
 
 def test_batches_choose_candidates_but_not_what_they_cost() -> None:

@@ -24,7 +24,9 @@ class Doubled(nn.Module):
         return 2 * self.ffn(x)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "qwen3", "phi3", "gpt2", "opt", "bloom", "falcon", "minicpm"]
+)
 def test_the_tokens_are_those_of_generate(model_type: str) -> None:
     model = tiny(model_type, seed=3)
     prompt = tokens(batch=1, length=7)
@@ -53,6 +55,8 @@ def test_an_ffn_without_exact_zeros_or_with_a_bias_is_refused() -> None:
         ffn_thresholds(tiny())
     with pytest.raises(BadInput, match="layer 0: gate and up and down with a bias"):
         ffn_thresholds(tiny(hidden_act="relu", mlp_bias=True))
+    with pytest.raises(BadInput, match="layer 0: an FFN without a gate"):
+        ffn_thresholds(tiny("nemotron", hidden_act="relu"))
 
 
 def test_exchange_undo_and_redo_on_one_instance() -> None:

@@ -13,13 +13,13 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny
+from models import MODEL_TYPES, REMOTE_CODE, tiny
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prosparse_core import activations, export
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.export import PROMPT, Card, Measurement, export_hf, fatrelu_config
-from prosparse_core.families import FAMILIES
+from prosparse_core.families import find_ffns
 from prosparse_core.random_model import train_tokenizer
 from prosparse_core.remote_code import selfcheck
 from prosparse_core.remote_code.configuration_prosparse import ProSparseConfig
@@ -27,7 +27,6 @@ from prosparse_core.remote_code.modeling_prosparse import FATReLU
 from prosparse_core.substitute import use_thresholds
 from prosparse_core.variants import load_model
 
-MODEL_TYPES = [t for family in FAMILIES for t in family.model_types]
 PER_LAYER = [0.0, 0.02, 0.4]
 EXPECTED_FILES = {
     "README.md",
@@ -52,7 +51,8 @@ def dense(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
     def build(model_type: str, **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(model_type) / "model"
-        tiny(model_type, vocab_size=len(tokenizer), initializer_range=0.4, **changes).save_pretrained(folder)
+        model = tiny(model_type, vocab_size=len(tokenizer), initializer_range=0.4, init_std=0.4, **changes)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 
@@ -118,8 +118,10 @@ def test_export_is_loaded_bit_for_bit_by_a_fresh_process(dense: Callable[..., Pa
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-@pytest.mark.parametrize("thresholds", [[0.03], PER_LAYER], ids=["one", "per layer"])
+@pytest.mark.parametrize(
+    ("model_type", "thresholds"),
+    [*((t, PER_LAYER) for t in MODEL_TYPES), *((t, [0.03]) for t in ("llama", "phi3", "gpt2", "minicpm"))],
+)
 def test_every_family_gives_the_same_logits_and_tokens(
     dense: Callable[..., Path], tmp_path: Path, model_type: str, thresholds: list[float]
 ) -> None:
@@ -139,12 +141,13 @@ def test_every_family_gives_the_same_logits_and_tokens(
     tied = exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
     assert tied == (len(thresholds) == 1)
 
-    decoder = AutoModel.from_pretrained(target, trust_remote_code=True).eval()
-    assert [layer.mlp.act_fn.threshold for layer in decoder.layers] == (thresholds * 3)[:3]
+    AutoModel.from_pretrained(target, trust_remote_code=True)
+    assert [f.activation.threshold for f in find_ffns(exported)] == (thresholds * 3)[:3]
     again = tmp_path / "again"
     exported.save_pretrained(again)
     assert torch.equal(logits(load(again), ids), logits(ours, ids))
-    reference = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+    trust = {"trust_remote_code": model_type in REMOTE_CODE}
+    reference = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16, **trust).eval()
     use_thresholds(reference, thresholds)
     assert torch.equal(logits(load(target, dtype=torch.bfloat16), ids), logits(reference, ids))
 

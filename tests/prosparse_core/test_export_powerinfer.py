@@ -150,7 +150,7 @@ def test_a_file_that_computes_something_else_does_not_stay(
     assert not (tmp_path / "m.gguf").exists()
     monkeypatch.undo()
     monkeypatch.setattr("prosparse_core.variants.load_tokenizer", lambda folder: None)
-    monkeypatch.setattr(exporting, "norm_scale", lambda norm: torch.ones(32))
+    monkeypatch.setattr(exporting, "norm_scale", lambda norm, d_model: torch.ones(d_model))
     (tmp_path / "again").mkdir()
     with pytest.raises(ProSparseError, match="but torch with the same predictors has"):
         export(model, tmp_path / "again", meta={"input": "post_norm"})

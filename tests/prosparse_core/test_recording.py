@@ -52,7 +52,7 @@ def kept(model: Any, batches: list[torch.Tensor]) -> tuple[dict[int, torch.Tenso
     x1: dict[int, list[torch.Tensor]] = {}
     handles = []
     for f in find_ffns(model):
-        handles.append(f.gate.register_forward_pre_hook(lambda m, a, i=f.layer: x.setdefault(i, []).append(a[0])))
+        handles.append(f.first.register_forward_pre_hook(lambda m, a, i=f.layer: x.setdefault(i, []).append(a[0])))
         handles.append(f.down.register_forward_pre_hook(lambda m, a, i=f.layer: x1.setdefault(i, []).append(a[0])))
     with torch.no_grad():
         for batch in batches:
@@ -77,7 +77,7 @@ def test_every_position_is_recorded_as_the_ffn_saw_it(model_type: str) -> None:
         assert torch.equal(r.active(), x1[r.layer] != 0)
         assert torch.equal(r.active(torch.tensor([7, 3])), (x1[r.layer] != 0)[[7, 3]])
         assert r.sparsity == pytest.approx(float((x1[r.layer] == 0).double().mean()), abs=1e-12)
-    assert not any(f.gate._forward_pre_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
+    assert not any(f.first._forward_pre_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
 
 
 def test_the_mean_over_layers_is_what_the_meter_counts() -> None:
@@ -252,7 +252,7 @@ def test_the_model_is_left_as_it_was_even_after_a_failure() -> None:
     with pytest.raises(RuntimeError, match="ended badly"):
         record(model, failing(), num_tokens=100, precision="fp32")
     assert model.training
-    assert not any(f.gate._forward_pre_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
+    assert not any(f.first._forward_pre_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
 
 
 def test_unknown_layers_and_no_tokens_are_refused() -> None:

@@ -182,7 +182,7 @@ def test_statistics_of_a_model_are_those_of_its_layers() -> None:
     model = tiny()
     use_relu(model)
     with torch.no_grad():
-        find_ffns(model)[2].gate.weight[7] = 0  # a dead neuron
+        find_ffns(model)[2].act_weight[7] = 0  # a dead neuron
     kept: list[list[Tensor]] = [[], [], []]
     handles = [f.down.register_forward_pre_hook(lambda m, a, i=f.layer: kept[i].append(a[0])) for f in find_ffns(model)]
     with SparsityMeter(model) as meter, torch.no_grad():

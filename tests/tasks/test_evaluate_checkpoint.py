@@ -113,8 +113,8 @@ def test_an_export_that_does_not_say_fatrelu_soundly_is_refused(
 def test_exported_folders_have_the_family_of_their_architecture_and_are_no_dense_models(
     dense: Path, tmp_path: Path
 ) -> None:
-    assert family_of("prosparse_llama") is LLAMA
-    assert family_of("prosparse_novel") is None
+    assert family_of({"model_type": "prosparse_llama"}) is LLAMA
+    assert family_of({"model_type": "prosparse_novel"}) is None
     from prosparse_core.recipe import Model
 
     folder = exported(dense, tmp_path / "done")

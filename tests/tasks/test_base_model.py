@@ -1,0 +1,161 @@
+"""Where a dense model comes from when transformers or the families do not know it, and what is refused at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prosparse_core import families
+from prosparse_core.errors import BadInput
+from prosparse_core.families import find_ffns
+from prosparse_core.random_model import train_tokenizer
+from prosparse_core.recipe import Model, parse
+from prosparse_core.variants import MODEL, Variant, load_variant
+from tasks.base_model import base_model, check_chain, identity
+from tests.tasks.conftest import MODEL as SIZES
+from tests.tasks.conftest import make_run
+
+CODE = Path(__file__).parents[1] / "prosparse_core" / "remote_minicpm"
+LAYOUT = {
+    "layers": "model.layers",
+    "ffn": "mlp",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "act": "act_fn",
+}
+
+
+@pytest.fixture(scope="module")
+def minicpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as it is downloaded: weights, config, tokenizer and the code of its architecture."""
+    folder = tmp_path_factory.mktemp("hub") / "minicpm"
+    tokenizer = train_tokenizer(300)
+    config = AutoConfig.from_pretrained(CODE, trust_remote_code=True, vocab_size=len(tokenizer))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def run_of(base: Any, **model: Any) -> Any:
+    return make_run(base.home, parse({**base.recipe, "model": {"id": "m", "precision": "fp32", **model}}))[0]
+
+
+def test_code_that_comes_with_a_checkpoint_runs_only_when_it_is_trusted(
+    base: Any, minicpm: Path, tmp_path: Path
+) -> None:
+    novel = tmp_path / "novel"
+    shutil.copytree(minicpm, novel)
+    edit(novel, model_type="novel")
+    with pytest.raises(BadInput, match="a novel, which runs by code of its own that is not trusted") as caught:
+        identity(Model.model_validate({"id": "m", "source": str(novel), "family": LAYOUT}))
+    assert "model.trust_remote_code: true" in (caught.value.hint or "")
+
+    dense = base_model(run_of(base, source=str(minicpm), trust_remote_code=True))
+    assert (dense.meta()["d_model"], dense.meta()["d_ff"]) == (32, 53)
+    model, _ = load_variant(Variant("vanilla_relu", dense, "relu"))
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert type(find_ffns(model)[0].activation).__name__ == "ReLU"
+    named = json.loads((dense.path / MODEL / "config.json").read_text())["auto_map"].values()
+    assert all((dense.path / MODEL / f"{name.partition('.')[0]}.py").is_file() for name in named)
+
+
+def test_a_minicpm_is_the_granite_it_is_read_as(base: Any, minicpm: Path, tmp_path: Path) -> None:
+    dense = base_model(run_of(base, source=str(minicpm)))
+    assert dense.meta()["model_type"] == "granite"
+    granite, tokenizer = load_variant(Variant("original", dense, "original"))
+    own = AutoModelForCausalLM.from_pretrained(minicpm, trust_remote_code=True).eval()
+    ids = tokenizer("def f(x):\n    return x", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected, found = own(input_ids=ids).logits, granite(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float(expected.abs().max()) > 0.05
+
+    for changes, message in (
+        ({"scale_depth": None}, "it has no scale_depth"),
+        ({"num_experts": 8}, "it has 8 experts"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+    ):
+        folder = tmp_path / message.split()[-1].strip("'")
+        shutil.copytree(minicpm, folder)
+        edit(folder, **changes)
+        with pytest.raises(BadInput, match=message):
+            identity(Model(id="m", source=str(folder)))
+
+
+def test_code_that_does_not_run_here_says_so(base: Any, minicpm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(minicpm, folder)
+    code = folder / "modeling_minicpm.py"
+    code.write_text(code.read_text() + "\nfrom transformers.utils.import_utils import is_gone_since_five\n")
+    with pytest.raises(BadInput, match=r"the code that comes with .* does not run with transformers 5"):
+        base_model(run_of(base, source=str(folder), trust_remote_code=True))
+
+
+def test_a_name_of_code_that_is_not_there_does_not_stay_in_the_config(base: Any, tmp_path: Path) -> None:
+    """Checkpoints of architectures that transformers has by now still name the code they once needed."""
+    folder = tmp_path / "llama"
+    shutil.copytree(base.dense.path / MODEL, folder)
+    edit(folder, auto_map={"AutoModelForCausalLM": "owner/name--modeling_old.OldForCausalLM"})
+    dense = base_model(run_of(base, source=str(folder)))
+    assert "auto_map" not in json.loads((dense.path / MODEL / "config.json").read_text())
+
+
+def test_a_family_described_in_the_recipe_travels_with_the_weights(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "novel"
+    shutil.copytree(base.dense.path / MODEL, folder)
+    monkeypatch.setattr(families, "FAMILIES", ())
+    with pytest.raises(BadInput, match=r"(?s)no known FFN family.*model\.layers\.0\.mlp: gate_proj"):
+        identity(Model(id="m", source=str(folder)))
+    dense = base_model(run_of(base, source=str(folder), family=LAYOUT))
+    kept = json.loads((dense.path / MODEL / "config.json").read_text())["prosparse_family"]
+    assert kept == LAYOUT
+    model, _ = load_variant(Variant("vanilla_relu", dense, "relu"))
+    model.save_pretrained(tmp_path / "stage")
+    assert json.loads((tmp_path / "stage" / "config.json").read_text())["prosparse_family"] == LAYOUT
+    with pytest.raises(BadInput, match="layer 0 of LlamaForCausalLM lacks a part of family custom"):
+        base_model(run_of(base, source=str(folder), family={**LAYOUT, "down": "w2"}))
+    with pytest.raises(BadInput, match=r"model\.family\.dwon: unknown key"):
+        run_of(base, source=str(folder), family={**LAYOUT, "dwon": "x"})
+
+
+def test_sizes_have_common_names_in_a_random_model(base: Any) -> None:
+    dense = base_model(run_of(base, source="random:gpt2", config={**SIZES, "num_hidden_layers": 2}))
+    meta = dense.meta()
+    assert (meta["model_type"], meta["num_layers"], meta["d_model"], meta["d_ff"]) == ("gpt2", 2, 48, 101)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("gpt2", {"train": {"activation": "drelu"}}, "family gpt2 has no gate"),
+        ("olmo2", {"predictor": {"input": "pre_norm"}}, "olmo2 has no norm before its FFN"),
+    ],
+)
+def test_what_a_later_step_cannot_do_is_refused_before_any_training(
+    base: Any, model_type: str, changes: dict[str, Any], message: str
+) -> None:
+    model = {"id": "m", "source": f"random:{model_type}", "config": {**SIZES, "num_hidden_layers": 1}}
+    recipe = {**base.recipe, "model": model}
+    for section, values in changes.items():
+        recipe[section] = {**recipe.get(section, {}), **values}
+    run, _ = make_run(base.home, parse(recipe))
+    with pytest.raises(BadInput, match=message):
+        base_model(run)
+    dense = base_model(run, run.recipe.model)  # another model than the one that is trained: nothing to refuse
+    with pytest.raises(BadInput, match=message):
+        check_chain(run, dense, [run.recipe.train.activation])
