@@ -14,30 +14,12 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
+from prosparse_core.recipe_machine import Hardware, Shape
 from prosparse_core.recipe_text import apply_override, explain
 from prosparse_core.recipe_train import Distill, Section, Train
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "flows" / "recipes"
 DEFAULT_THRESHOLDS = [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3]
-
-
-class Shape(Section):
-    """Sizes of a gated decoder: lets ``plan`` estimate a model that is not here yet. Decides no result."""
-
-    num_layers: int = Field(gt=0)
-    d_model: int = Field(gt=0)
-    d_ff: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    tied: bool = False
-
-
-class Hardware(Section):
-    """What ``plan`` estimates hours for. Decides no result."""
-
-    device: Literal["a100-80g", "h100-80g", "cpu-core"]
-    count: int = Field(gt=0)
 
 
 class Model(Section):
@@ -292,6 +274,10 @@ class Runtime(Section):
     threads: int | None = Field(default=None, gt=0)
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
     checkpoint_every_minutes: float = Field(default=5.0, gt=0)
+    keep: Literal["last", "all"] = "all"
+    """The optimizer's state, two thirds of a stage's bytes. all: every stage keeps it, so that any later stage can be
+    changed and retrained alone. last: it is dropped once no stage of the run goes on from it; a changed stage then
+    trains the stages before it again. Weights, logs and measurements are kept either way."""
 
 
 class Recipe(Section):
