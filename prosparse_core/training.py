@@ -26,7 +26,6 @@ from prosparse_core.schedule import first_step, l1_lambda, learning_rate
 from prosparse_core.steering import Steering
 
 LOG = "log.jsonl"
-OPTIMIZER = "optimizer.pt"
 CHECKPOINTS = "checkpoints"
 
 

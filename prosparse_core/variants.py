@@ -15,6 +15,8 @@ from prosparse_core.thresholds import Thresholds, read_thresholds
 
 MODEL = "model"
 """Folder of an artifact that holds weights, config and tokenizer, as Hugging Face writes them."""
+OPTIMIZER = "optimizer.pt"
+"""The state of the optimizer in a stage's artifact: only a stage that goes on from it reads it."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
+from prosparse_core.errors import ProSparseError
 from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.recipe_train import Train
 from prosparse_core.schedule import first_step
-from prosparse_core.store import Artifact
-from prosparse_core.variants import MODEL
+from prosparse_core.store import Artifact, read_record
+from prosparse_core.variants import MODEL, OPTIMIZER
 from tasks.step import Run, Work
 
 VERSION = 2
@@ -24,6 +26,7 @@ def train_stage(
     dense: Artifact,
     seed: int | None = None,
     note: str = "",
+    holding: Sequence[str] = (),
 ) -> Artifact:
     """The artifact with the weights after stage ``index`` in ``model/``, the optimizer's state and the log.
 
@@ -34,6 +37,7 @@ def train_stage(
         dense: the dense original, from which a stage may distil.
         seed: of the data order; None is the recipe's.
         note: what people read besides the stage, such as the setting.
+        holding: files of it that are needed, though the rule ``runtime.keep: last`` may have taken them away.
     """
     device = resolve_device(run.recipe.runtime.device)
     precision = resolve(run.recipe.model.precision, device)
@@ -42,23 +46,52 @@ def train_stage(
     inputs = {"before": before, "corpora": corpora}
     if stage.distill is not None:
         inputs["teacher"] = dense
+    config = {
+        "stage": index,
+        "stages": [s.model_dump(mode="json") for s in train.stages[: index + 1]],
+        "train": train.model_dump(mode="json", exclude={"stages"}),
+        "total_steps": train.total_steps,
+        "precision": precision,
+    }
+    if index and run.would_run("stage", version=VERSION, config=config, inputs=inputs, seed=seed, holding=holding):
+        inputs["before"] = _with_optimizer(run, train, index - 1, before, corpora, dense, note)
     return run.step(
         "stage",
         label(train, index) + (f" · {note}" if note else ""),
         lambda work: _build(work, run, train, index, inputs, precision, device, seed),
         version=VERSION,
-        config={
-            "stage": index,
-            "stages": [s.model_dump(mode="json") for s in train.stages[: index + 1]],
-            "train": train.model_dump(mode="json", exclude={"stages"}),
-            "total_steps": train.total_steps,
-            "precision": precision,
-        },
+        config=config,
         inputs=inputs,
         seed=seed,
         stage=index,
         needs_bytes=3 * _weight_bytes(before),
+        holding=holding,
     )
+
+
+def _with_optimizer(
+    run: Run, train: Train, index: int, stage: Artifact, corpora: Artifact, dense: Artifact, note: str
+) -> Artifact:
+    """A finished stage with its optimizer's state; trained again where ``runtime.keep: last`` took it away."""
+    if stage.folder is None or (stage.path / OPTIMIZER).exists():
+        return stage
+    record = read_record(stage.path)
+    found = record["inputs"]["before"]
+    before = run.store.find(found["step"], label(train, index - 1) if index else "base model", found["fingerprint"])
+    if before is None:
+        raise ProSparseError(
+            f"{stage.label}: its optimizer's state was dropped, and what it was trained from is no longer in the store",
+            hint=f"delete the folder {stage.path}; the next run makes it again",
+        )
+    seed = record["payload"]["seed"]
+    again = train_stage(run, train, index, before, corpora, dense=dense, seed=seed, note=note, holding=[OPTIMIZER])
+    if again.digest not in (stage.digest, None):
+        raise ProSparseError(
+            f"{stage.label} was trained again, for its optimizer's state, and came out otherwise than before (another "
+            "machine, or another number of threads?): what was measured of it no longer belongs to it",
+            hint="run the same command again: it goes on from the stage as it is now",
+        )
+    return again
 
 
 def label(train: Train, index: int) -> str:
@@ -94,7 +127,7 @@ def _build(
 
     from prosparse_core.mixing import Mixture
     from prosparse_core.substitute import use_activation
-    from prosparse_core.training import CHECKPOINTS, OPTIMIZER, last_lambda, make_optimizer, train_stage
+    from prosparse_core.training import CHECKPOINTS, last_lambda, make_optimizer, train_stage
     from prosparse_core.variants import load_model
 
     runtime, before = run.recipe.runtime, inputs["before"]
