@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from flows import console, summary
+from flows.plan_table import verdict
 from flows.run import check_steps, home_folder, open_run, planned
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput, ProSparseError
@@ -91,23 +94,28 @@ def verb_plan(arguments: argparse.Namespace) -> int:
     from flows.compare import every_setting
     from flows.full import full
     from prosparse_core import planning
+    from prosparse_core.planning_layout import Asked
 
+    names = (field.name for field in dataclasses.fields(Asked))
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
     steps = every_setting if arguments.compare else full
     estimate = planning.comparison_cost if arguments.compare else planning.cost
     recipe, run = planned(arguments.recipe, arguments.overrides, force=arguments.force)
+    shape = planning.shape_of(recipe.model)
+    speed = _measured_speed(run.ledger, recipe)
+    cost = estimate(recipe, shape, speed, asked, psutil.virtual_memory().total) if shape else None
     problem = None
     try:
         steps(run)
     except ProSparseError as error:  # a model or corpus that is not here yet does not hide the costs
         problem = error
-    shape = planning.shape_of(recipe.model)
-    cost = estimate(recipe, shape, _measured_speed(run.ledger, recipe)) if shape else None
     if arguments.json:
         console.print_json(
             {
                 "recipe": recipe.name,
                 "steps": [{"label": label, "outcome": outcome} for label, _, outcome in run.history],
                 "cost": dataclasses.asdict(cost) if cost else None,
+                "verdict": verdict(cost) if cost else None,
                 "problem": None if problem is None else {"error": str(problem), "hint": problem.hint},
             }
         )
@@ -166,7 +174,7 @@ def verb_query(arguments: argparse.Namespace) -> int:
 def verb_up(arguments: argparse.Namespace) -> int:
     from flows import service
 
-    return _print_status(arguments, service.up(home_folder(), progress=console.say))
+    return _print_status(arguments, service.up(home_folder(), pool=arguments.pool, progress=console.say))
 
 
 def verb_down(arguments: argparse.Namespace) -> int:
