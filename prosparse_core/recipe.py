@@ -14,6 +14,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
+from prosparse_core.recipe_runtime import Runtime as Runtime
+from prosparse_core.recipe_runtime import check_world
 from prosparse_core.recipe_text import apply_override, explain
 from prosparse_core.recipe_train import Distill, Section, Train
 
@@ -285,15 +287,6 @@ class Compare(Section):
         return self
 
 
-class Runtime(Section):
-    """Where and how it runs: outside the identity of every result."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    checkpoint_every_steps: int | None = Field(default=None, gt=0)
-    checkpoint_every_minutes: float = Field(default=5.0, gt=0)
-
-
 class Recipe(Section):
     """One reproducible path from a dense model to a measured sparse one."""
 
@@ -322,6 +315,7 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch={micro} must divide the {step // seq} sequences of a step (train.tokens_per_step)"
             )
+        check_world(self.runtime, step // seq)
         return self
 
     def to_yaml(self) -> str:
