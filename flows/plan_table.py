@@ -37,7 +37,7 @@ def memory_rows(cost: Cost) -> Rows:
     rows = [[term, size(held)] for term, held in sorted(memory.terms.items(), key=lambda item: -item[1])]
     rows.append(["in all", size(memory.total) + (f", {size(cost.memory_bytes)} on {ranks} ranks" if ranks > 1 else "")])
     if memory.host_bytes:
-        rows.append(["host of the first rank", f"{size(memory.host_bytes)}, while a stage's model is written"])
+        rows.append(["host of the first rank", f"{size(memory.host_bytes)}, while what a stage leaves is written"])
     return rows
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from flows import console, summary
+from flows import console, nodes, summary
 from flows.plan_table import verdict
-from flows.run import check_steps, home_folder, open_run, planned
+from flows.run import check_steps, home_folder, open_run, planned, terminate_as_exception
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.ledger import EXAMPLES, Ledger
@@ -26,7 +26,8 @@ from tasks.step import Run
 
 def verb_run(arguments: argparse.Namespace) -> int:
     """Run a recipe in this process: with Prefect (a server is started for the run if none is up), or without."""
-    _before_a_run(arguments)
+    if _trained_along(arguments):
+        return 0
     from flows.full import full, prosparse
 
     return _run(arguments, "prosparse", full, prosparse)
@@ -34,7 +35,8 @@ def verb_run(arguments: argparse.Namespace) -> int:
 
 def verb_compare(arguments: argparse.Namespace) -> int:
     """Every setting of ``recipe.compare`` under equal tokens."""
-    _before_a_run(arguments)
+    if _trained_along(arguments):
+        return 0
     from flows.compare import compare, every_setting
 
     return _run(arguments, "compare", every_setting, compare)
@@ -51,11 +53,17 @@ def verb_evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _before_a_run(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot end well."""
+def _trained_along(arguments: argparse.Namespace) -> bool:
+    """Refuse what cannot end well; then, on another node than the first, do all there is to do there."""
     check_steps(arguments.force, arguments.until)
-    preflight.check(recipes.load(arguments.recipe, arguments.overrides), home_folder())
+    recipe = recipes.load(arguments.recipe, arguments.overrides)
+    preflight.check(recipe, home_folder())
     _before_prefect(arguments)
+    if not nodes.is_follower(recipe):
+        return False
+    with terminate_as_exception():
+        nodes.follow(recipe)
+    return True
 
 
 def _before_prefect(arguments: argparse.Namespace) -> None:

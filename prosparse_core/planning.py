@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from prosparse_core import settings
-from prosparse_core.errors import BadInput
 from prosparse_core.hardware import GIB, Device
 from prosparse_core.planning_disk import Disk, disk
 from prosparse_core.planning_layout import Asked, Layout, lay_out
@@ -157,8 +157,9 @@ def training_of(recipe: Recipe, shape: Shape, device: Device) -> Training:
 
 def _limit(layout: Layout, machine_bytes: int | None) -> int:
     """Bytes a rank may use. A CPU whose memory is unknown limits nothing."""
-    there = layout.device.memory_bytes or machine_bytes
-    return int(USABLE * there) if there else 2**63 - 1
+    if layout.device.memory_bytes:
+        return int(USABLE * layout.device.memory_bytes)
+    return int(USABLE * machine_bytes / max(1, layout.world // layout.nodes)) if machine_bytes else 2**63 - 1
 
 
 def _ways_out(training: Training, layout: Layout, limit: int) -> Iterator[str]:
@@ -186,9 +187,11 @@ def _ways_out(training: Training, layout: Layout, limit: int) -> Iterator[str]:
     per_node = max(8, layout.count // layout.nodes)
     count = 2 * layout.count
     step = layout.sequences * layout.passes * layout.world
-    while count <= MOST_GPUS:
-        spread = replace(all_, count=count, nodes=-(-count // per_node), parallel="fsdp")
-        if step % count == 0 and _fits(training, spread, limit):
+    while count <= MOST_GPUS and step % count == 0:
+        sequences = math.gcd(all_.sequences, step // count)
+        spread = replace(all_, count=count, world=count, nodes=-(-count // per_node), parallel="fsdp")
+        spread = replace(spread, sequences=sequences, passes=step // count // sequences)
+        if _fits(training, spread, limit):
             nodes = f"--gpus {per_node} --nodes {count // per_node}" if count > per_node else f"--gpus {count}"
             fsdp = " --parallel fsdp" if "fsdp" not in words and layout.parallel != "fsdp" else ""
             yield f"{nodes}{fsdp} {words}".strip()
@@ -221,15 +224,3 @@ def _stages(recipe: Recipe) -> list[StageCost]:
         stages.append(StageCost(index, before + 1, stage.until_step, stage.l1, stage.ramp, tokens))
         before = stage.until_step
     return stages
-
-
-def check_layout(recipe: Recipe) -> None:
-    """Refuse a recipe whose own ``hardware`` cannot share its steps.
-
-    Raises:
-        BadInput: see :func:`prosparse_core.planning_layout.lay_out`.
-    """
-    try:
-        lay_out(recipe)
-    except BadInput as error:
-        raise BadInput(f"hardware: {error}", hint=error.hint) from None

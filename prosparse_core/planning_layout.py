@@ -15,7 +15,7 @@ Parallel = Literal["single", "ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says instead of the recipe's ``hardware``; None is the recipe's."""
+    """What the command line says instead of the recipe's ``hardware`` and ``runtime``; None is the recipe's."""
 
     gpu: str | None = None
     gpus: int | None = None
@@ -28,11 +28,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where training runs. A rank is one process; on GPUs it has one of them, on CPUs all cores."""
+    """Where training runs."""
 
     device: Device
     count: int
-    """Devices in all."""
+    """Devices in all: GPUs, or cores."""
+    world: int
+    """Ranks: processes that train. A GPU has one; cores are shared among all."""
     nodes: int
     parallel: Parallel
     sequences: int
@@ -42,17 +44,14 @@ class Layout:
     gradient_checkpointing: bool
 
     @property
-    def world(self) -> int:
-        return self.count if self.device.is_gpu else 1
-
-    @property
     def text(self) -> str:
         nodes = f"{self.nodes} nodes of {self.count // self.nodes}" if self.nodes > 1 else f"{self.count}"
+        processes = f", {self.world} processes" if self.world > 1 and not self.device.is_gpu else ""
         parallel = "" if self.world == 1 else f", {self.parallel}"
         checkpointing = ", gradient checkpointing" if self.gradient_checkpointing else ""
         passes = f"{self.passes} passes of " if self.passes > 1 else ""
         batch = f"{passes}{self.sequences} sequence{'s' if self.sequences > 1 else ''} a rank and step"
-        return f"{nodes} x {self.device.name}{parallel}{checkpointing}, {batch}"
+        return f"{nodes} x {self.device.name}{processes}{parallel}{checkpointing}, {batch}"
 
 
 def lay_out(recipe: Recipe, asked: Asked = Asked()) -> tuple[Layout, bool]:
@@ -61,15 +60,36 @@ def lay_out(recipe: Recipe, asked: Asked = Asked()) -> tuple[Layout, bool]:
     Raises:
         BadInput: an unknown device, or a number of ranks that does not divide the sequences of a step.
     """
-    base = recipe.hardware or Hardware(device="cpu-core", count=2)
-    device = find_device(asked.gpu or base.device)
-    wants_gpus = (asked.gpus or asked.nodes) and not device.is_gpu
-    if wants_gpus:
-        raise BadInput("--gpus and --nodes are about GPUs", hint="name one, for example --gpu a100-80g")
-    nodes = asked.nodes or (1 if asked.gpus else base.nodes)
-    per_node = asked.gpus or (base.count // base.nodes if device.is_gpu == find_device(base.device).is_gpu else 1)
-    count = nodes * per_node
-    world = count if device.is_gpu else 1
+    hardware, runtime = recipe.hardware or Hardware(device="cpu-core", count=2), recipe.runtime
+    device = find_device(asked.gpu or hardware.device)
+    nodes = asked.nodes or (1 if asked.gpus else runtime.nodes)
+    if not device.is_gpu:
+        if asked.gpus or asked.nodes:
+            raise BadInput("--gpus and --nodes are about GPUs", hint="name one, for example --gpu a100-80g")
+        count, world = hardware.count, runtime.world_size
+    else:
+        of_recipe = runtime.world_size if runtime.is_launched else hardware.count
+        known = find_device(hardware.device).is_gpu or runtime.is_launched
+        per_node = asked.gpus or (max(1, of_recipe // runtime.nodes) if known else 1)
+        count = world = nodes * per_node
+    sequences, passes = _share(recipe, world, asked.micro_batch or recipe.train.micro_batch)
+    chosen = asked.parallel or (runtime.parallel if "parallel" in runtime.model_fields_set else None)
+    checkpointing = asked.gradient_checkpointing
+    layout = Layout(
+        device=device,
+        count=count,
+        world=world,
+        nodes=nodes,
+        parallel="single" if world == 1 else chosen or "ddp",
+        sequences=sequences,
+        passes=passes,
+        gradient_checkpointing=runtime.gradient_checkpointing if checkpointing is None else checkpointing,
+    )
+    return layout, bool(world == 1 or chosen)
+
+
+def _share(recipe: Recipe, world: int, micro_batch: int | None) -> tuple[int, int]:
+    """(sequences of a forward pass, passes of a step) of one of ``world`` ranks."""
     step = recipe.train.tokens_per_step // recipe.data.seq_len
     if step % world:
         fitting = [w for w in range(1, step + 1) if step % w == 0]
@@ -79,21 +99,12 @@ def lay_out(recipe: Recipe, asked: Asked = Asked()) -> tuple[Layout, bool]:
             hint=f"{', '.join(map(str, near))} ranks would, or change train.tokens_per_step",
         )
     share = step // world
-    sequences = min(asked.micro_batch or recipe.train.micro_batch or share, share)
+    sequences = min(micro_batch or share, share)
     if share % sequences:
-        near = [m for m in range(1, share + 1) if share % m == 0]
+        fitting = [m for m in range(1, share + 1) if share % m == 0]
+        near = sorted(sorted(fitting, key=lambda m: abs(m - sequences))[:3])
         raise BadInput(
             f"a micro batch of {sequences} does not divide the {share:,} sequences of a rank's share of a step",
-            hint=f"use one of {', '.join(map(str, sorted(near, key=lambda m: abs(m - sequences))[:4]))}",
+            hint=f"{', '.join(map(str, near))} would",
         )
-    checkpointing = asked.gradient_checkpointing
-    layout = Layout(
-        device=device,
-        count=count,
-        nodes=nodes,
-        parallel="single" if world == 1 else asked.parallel or base.parallel or "ddp",
-        sequences=sequences,
-        passes=share // sequences,
-        gradient_checkpointing=base.gradient_checkpointing if checkpointing is None else checkpointing,
-    )
-    return layout, bool(world == 1 or asked.parallel or base.parallel)
+    return sequences, share // sequences

@@ -13,7 +13,9 @@ of an ungated layer act(up) alone, and four matrices' inputs. Under autocast eve
 once more in bf16 until its backward is over. Of n x vocab logits: the logits themselves (b), which a variable holds
 until the next pass, and in fp32 the log-softmax that is kept, its gradient and the gradient of its input.
 
-Under FSDP the gathered weights are taken to be bf16 already, and what one rank holds of the rest its share.
+Under FSDP2 a rank holds its share of weights, gradients and moments, and whole: embedding and head in fp32 from the
+first forward to the last backward, with their gradients and the buffer these are reduced from; of the layers, in b, the
+one at work and the next, each with the buffer it is gathered into, and the gradient of one.
 
 On a CPU glibc gives blocks above 32 MiB back at once, and keeps what smaller ones needed at most: the smaller blocks of
 one moment are still resident in all others.
@@ -59,7 +61,7 @@ class Memory:
     terms: dict[str, int]
     """Bytes by term; terms of 0 are left out."""
     host_bytes: int
-    """On GPUs: what the first rank of a run needs besides, in its host's memory, to write a stage's model."""
+    """On GPUs: what the first rank needs besides, in its host's memory, to write what a stage leaves."""
 
     @property
     def total(self) -> int:
@@ -102,7 +104,7 @@ def memory(training: Training, layout: Layout) -> Memory:
             terms[block.term] = terms.get(block.term, 0.0) + block.total
         terms["kept by the allocator"] = most_small - small(blocks) if not on_gpu else 0.0
         whole = {term: round(size) for term, size in terms.items() if round(size)}
-        found.append(Memory(moment, whole, 4 * weights.all if on_gpu else 0))
+        found.append(Memory(moment, whole, _host(training, layout)))
     return max(found, key=lambda m: m.total)
 
 
@@ -134,7 +136,7 @@ def _moments(training: Training, layout: Layout) -> dict[str, list[_Blocks]]:
     casts = []
     if bf16 and not fsdp:
         casts = [_Blocks("bf16 copies", 2 * matrix, s.num_layers * weights.layer_matrices / matrix)]
-    head_cast = [_Blocks("bf16 copies", 2 * weights.embedding)] if bf16 and not fsdp else []
+    head_cast = [_Blocks("bf16 copies", 2 * weights.embedding)] if bf16 else []
     kept_casts = head_cast if layout.gradient_checkpointing else casts + head_cast
     again = [_Blocks("workspace", k.size, k.count) for k in layer] if layout.gradient_checkpointing else []
     backward = [
@@ -151,12 +153,16 @@ def _moments(training: Training, layout: Layout) -> dict[str, list[_Blocks]]:
     head_gradient = [_Blocks("gradients", 4 * weights.embedding)] if trains_embedding else []
     # The embedding's gradient is dense, and made beside the one it is added to: the head's, or an earlier pass's.
     beside = [_Blocks("workspace", 4 * weights.embedding)] if trains_embedding and (s.tied or before) else []
+    if fsdp and trains_embedding:
+        beside.append(_Blocks("gathered weights", 4 * weights.outside, 2))
     # safetensors copies every tensor before it writes the first.
     copied = [
         ("checkpoint buffers", 4 * matrix, per_matrix),
         ("checkpoint buffers", 4 * weights.embedding, 1 + bool(weights.head)),
     ]
     written = [] if layout.device.is_gpu else [_Blocks(*c) for c in copied]
+    if fsdp and not layout.device.is_gpu:
+        written.append(_Blocks("checkpoint buffers", 4 * weights.all + 8 * weights.trained(training.frozen_embeddings)))
     return {
         "the forward pass ends": [*before, *kept, held, *casts, *head_cast, *gathered],
         "the loss goes backward": [*before, *kept, *loss, *kept_casts, *gathered],
@@ -188,11 +194,18 @@ def layer_bytes(s: Shape, n: int, precision: Precision) -> float:
 
 
 def _gathered(weights: Weights, b: int) -> list[_Blocks]:
-    """FSDP2: embedding and head whole from the first forward to the last backward; of the layers the one at work and
-    the next, each with the buffer it is gathered into; the gradient of one layer whole, and the fp32 one it is reduced
-    from."""
+    """What FSDP2 holds whole, beside gradients of embedding and head; see the module."""
     return [
-        _Blocks("gathered weights", b * weights.outside),
+        _Blocks("gathered weights", 4 * weights.outside),
         _Blocks("gathered weights", b * weights.layer, 5),
         _Blocks("gathered weights", 4 * weights.layer),
     ]
+
+
+def _host(training: Training, layout: Layout) -> int:
+    """One GPU's weights are copied to be written; of several, the first rank also collects weights and moments."""
+    if not layout.device.is_gpu:
+        return 0
+    weights = Weights.of(training.shape)
+    collected = 4 * weights.all + 8 * weights.trained(training.frozen_embeddings) if layout.world > 1 else 0
+    return 4 * weights.all + collected

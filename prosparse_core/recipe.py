@@ -15,6 +15,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe_machine import Hardware, Shape
+from prosparse_core.recipe_runtime import Runtime as Runtime
+from prosparse_core.recipe_runtime import check_world
 from prosparse_core.recipe_text import apply_override, explain
 from prosparse_core.recipe_train import Distill, Section, Train
 
@@ -267,19 +269,6 @@ class Compare(Section):
         return self
 
 
-class Runtime(Section):
-    """Where and how it runs: outside the identity of every result."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    checkpoint_every_steps: int | None = Field(default=None, gt=0)
-    checkpoint_every_minutes: float = Field(default=5.0, gt=0)
-    keep: Literal["last", "all"] = "all"
-    """The optimizer's state, two thirds of a stage's bytes. all: every stage keeps it, so that any later stage can be
-    changed and retrained alone. last: it is dropped once no stage of the run goes on from it; a changed stage then
-    trains the stages before it again. Weights, logs and measurements are kept either way."""
-
-
 class Recipe(Section):
     """One reproducible path from a dense model to a measured sparse one."""
 
@@ -308,6 +297,7 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch={micro} must divide the {step // seq} sequences of a step (train.tokens_per_step)"
             )
+        check_world(self.runtime, step // seq)
         return self
 
     def to_yaml(self) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.hardware import find_device
@@ -41,11 +39,8 @@ class Hardware(Section):
     device: str
     """A name of :mod:`prosparse_core.hardware`, such as a100-80g, or cpu-core."""
     count: int = Field(gt=0)
-    """Devices in all: GPUs, each with a process of its own, or the cores of one process."""
-    nodes: int = Field(default=1, gt=0)
-    parallel: Literal["ddp", "fsdp"] | None = None
-    """None: ddp where a rank has the memory for it, else fsdp."""
-    gradient_checkpointing: bool = False
+    """Devices in all: GPUs, each with a process of its own, or cores. ``runtime.processes``, if given, counts instead
+    of the former."""
 
     @field_validator("device")
     @classmethod
@@ -54,9 +49,3 @@ class Hardware(Section):
             return find_device(device).name
         except BadInput as error:
             raise ValueError(f"unknown device; {error.hint}") from None
-
-    @model_validator(mode="after")
-    def _even(self) -> Hardware:
-        if self.count % self.nodes:
-            raise ValueError(f"{self.nodes} nodes cannot share {self.count} devices evenly")
-        return self

@@ -89,7 +89,7 @@ class Store:
         if record["fingerprint"] != print_:
             raise ProSparseError(f"{folder}: holds fingerprint {record['fingerprint']}, not {print_}", hint="delete it")
         gone = dropped(folder)
-        damaged = next((f for f in record["files"] if f["path"] not in gone and not _same_size(folder, f)), None)
+        damaged = next((f for f in record["files"] if f["path"] not in gone and not same_size(folder, f)), None)
         if damaged:
             raise ProSparseError(
                 f"artifact {folder} is damaged: {damaged['path']} is missing or not {damaged['bytes']} bytes",
@@ -267,7 +267,7 @@ def _describe(root: Path, path: Path) -> dict[str, Any]:
     }
 
 
-def _same_size(folder: Path, described: Mapping[str, Any]) -> bool:
+def same_size(folder: Path, described: Mapping[str, Any]) -> bool:
     try:
         return (folder / described["path"]).stat().st_size == described["bytes"]
     except OSError:

@@ -129,22 +129,42 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     Raises:
         BadInput: no config there, or an architecture of no known family (said before any weight is read).
     """
-    found = check_folder(folder)
+    config = _config(folder)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def empty_model(folder: Path) -> Any:
+    """The model of a folder with its buffers but without weights (they are on the meta device), fp32, eval mode."""
+    config = _config(folder)
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model.eval()
+
+
+def _config(folder: Path) -> Any:
+    found = check_folder(folder)
+    from transformers import AutoConfig
 
     from prosparse_core.families import family_of
     from prosparse_core.substitute import UNKNOWN_TO_TRANSFORMERS
 
-    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     family = family_of(str(found["model_type"]))
     assert family is not None, "check_folder knows the family"
     if str(getattr(config, family.config_key)).startswith(UNKNOWN_TO_TRANSFORMERS):
         setattr(config, family.config_key, "relu")  # the caller puts the activation in: a variant names it
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, local_files_only=True)
-    return model.to(device).eval(), load_tokenizer(folder)
+    return config
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prosparse_core.planning import check_layout, shape_of
+from prosparse_core.planning import shape_of
 from prosparse_core.planning_disk import disk
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import require_space
@@ -16,13 +16,12 @@ def check(recipe: Recipe, home: Path) -> None:
     """Refuse a run that cannot end well.
 
     Raises:
-        BadInput: devices that cannot share a step, a missing model folder, a GGUF that is none, an unknown family,
-            missing data files, a benchmark that is unknown or not allowed.
+        BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
+            is unknown or not allowed.
         EnvironmentProblem: a missing package, too little room in the store.
     """
     from prosparse_core.sources import check_source
 
-    check_layout(recipe)
     base_model.identity(recipe.model)
     for source in recipe.data.sources:
         check_source(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 
 from prosparse_core.errors import ProSparseError
@@ -123,40 +122,30 @@ def _build(
     device: str,
     seed: int,
 ) -> None:
-    import torch
+    from prosparse_core.stage_job import StageJob, run_stage
+    from prosparse_core.training import last_lambda
 
-    from prosparse_core.mixing import Mixture
-    from prosparse_core.substitute import use_activation
-    from prosparse_core.training import CHECKPOINTS, last_lambda, make_optimizer, train_stage
-    from prosparse_core.variants import load_model
-
-    runtime, before = run.recipe.runtime, inputs["before"]
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
-    model, tokenizer = load_model(before.path / MODEL, device)
-    use_activation(model, train.activation, train.shift)
-    teacher = load_model(inputs["teacher"].path / MODEL, device)[0] if "teacher" in inputs else None
-    optimizer = make_optimizer(model, train)
-    if index > 0:
-        optimizer.load_state_dict(torch.load(before.path / OPTIMIZER, map_location=device, weights_only=True))
-    train_stage(
-        model,
-        optimizer,
-        Mixture(inputs["corpora"].path, seed),
-        train,
-        index,
-        work.folder,
+    runtime = run.recipe.runtime
+    job = StageJob(
+        label=label(train, index),
+        folder=work.folder,
+        before=inputs["before"].path,
+        corpora=inputs["corpora"].path,
+        teacher=inputs["teacher"].path if "teacher" in inputs else None,
+        train=train,
+        index=index,
+        seed=seed,
         precision=precision,
+        device=device,
         runtime=runtime,
-        progress=work.progress,
-        teacher=teacher,
-        lambda_before=last_lambda(before.path),
     )
-    work.progress.note("writing the stage's weights and optimizer state")
-    model.save_pretrained(work.folder / MODEL)
-    tokenizer.save_pretrained(work.folder / MODEL)
-    torch.save(optimizer.state_dict(), work.folder / OPTIMIZER)
-    shutil.rmtree(work.folder / CHECKPOINTS, ignore_errors=True)
+    if runtime.is_launched:
+        from prosparse_core.launch import launch
+
+        work.meta.update(processes=runtime.world_size, parallel=runtime.parallel)
+        launch(job, work.progress, run.leader)
+    else:
+        run_stage(job, work.progress)
     work.meta.update(
         stage=index, l1=last_lambda(work.folder), tokens=train.stages[index].until_step * train.tokens_per_step
     )

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import Ledger
+from prosparse_core.nodes import Leader
 from prosparse_core.progress import Progress
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import FACTS, Artifact, Store, fingerprint, make_folder, require_space
@@ -85,6 +86,8 @@ class Run:
     """Ask the store only: nothing runs, nothing is written."""
     prefect: bool = False
     """Inside a Prefect flow run: each step is a task run."""
+    leader: Leader | None = None
+    """Of the nodes that train together, when there are several and this is the first."""
     history: list[tuple[str, Artifact | None, Outcome]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a planned step would run, by label."""

@@ -71,7 +71,7 @@ def estimate(case: Case) -> tuple[int, dict[str, int], str]:
 
     shape = Shape(**{k: v for k, v in asdict(case).items() if k in Shape.model_fields})
     training = Training(shape, case.seq_len, case.precision, case.frozen_embeddings, case.distil)  # type: ignore[arg-type]
-    found = memory(training, Layout(CPU, 2, 1, "single", case.sequences, case.passes, False))
+    found = memory(training, Layout(CPU, 2, 1, 1, "single", case.sequences, case.passes, False))
     return found.total, found.terms, found.moment
 
 
