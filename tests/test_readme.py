@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_pools_and_their_templates_exist() -> None:
     created = [shlex.split(c) for c in COMMANDS if c.startswith("prefect work-pool create ")]
     assert {words[3] for words in created} == {d["work_pool"]["name"] for d in deployments} - {"prosparse"}
     for words in created:
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in pairwise(words):
             assert option != "--base-job-template" or (ROOT / value).is_file()
 
 

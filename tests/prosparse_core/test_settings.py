@@ -91,4 +91,5 @@ def test_what_rows_have_in_common_is_counted_once() -> None:
     shared = settings.training_of(settings.rows(recipe), recipe.seed)
     assert (shared.num_stages, shared.num_last, shared.tokens) == (1 + 1 + 3, 2, (20 + 40 + 40) * 512)
     again = recipes.load("tiny", ["compare.settings=[prosparse]", "compare.seeds={prosparse: [7]}"])
-    assert settings.training_of(settings.rows(again), again.seed) == (1 + 3 + 3, (20 + 40 + 40) * 512)
+    shared = settings.training_of(settings.rows(again), again.seed)
+    assert (shared.num_stages, shared.num_last, shared.tokens) == (1 + 3 + 3, 2, (20 + 40 + 40) * 512)
