@@ -4,7 +4,7 @@ RECIPE ?= smollm2-135m
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup run test check sanitize bench clean
+.PHONY: setup run test check sanitize memory bench clean
 
 setup: $(READY)
 
@@ -28,6 +28,9 @@ check: setup
 
 sanitize: setup
 	$(BIN)/python -m pytest tests/kernels/test_sanitized.py
+
+memory: setup
+	$(BIN)/python tests/prosparse_core/memory_runs.py
 
 bench: setup
 	$(BIN)/prosparse run $(RECIPE) --force speed

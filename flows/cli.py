@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = recipe_verb(name, help_)
         sub.add_argument("--force", metavar="STEP", action="append", default=[], help="run this step again")
         if name == "plan":
-            sub.add_argument("--compare", action="store_true", help="of `prosparse compare` instead of `prosparse run`")
+            _add_plan(sub)
         else:
             sub.add_argument("--until", metavar="STEP", help="stop after this step")
             sub.add_argument(
@@ -63,7 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
         ("status", "what is up, and what the last runs came to"),
         ("recover", "mark runs whose process died as crashed, so that they can be retried"),
     ):
-        verb(name, help_)
+        sub = verb(name, help_)
+        if name == "up":
+            sub.add_argument(
+                "--pool", metavar="NAME", help="also register prefect.yaml's deployments for this pool of a cluster"
+            )
     doctor = verb("doctor", "check this machine: packages, compiler, server, disk")
     doctor.add_argument("--verify", action="store_true", help="also hash every artifact of the store")
     query = verb("query", "ask the ledger in SQL (DuckDB)")
@@ -83,6 +87,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_export(verb("export", "write the model of a run in the format of another program"))
     return parser
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--compare", action="store_true", help="of `prosparse compare` instead of `prosparse run`")
+    sub.add_argument("--gpu", metavar="NAME", help="on which GPU, such as a100-80g (default: the recipe's hardware)")
+    sub.add_argument("--gpus", metavar="N", type=_positive, help="GPUs of a node")
+    sub.add_argument("--nodes", metavar="N", type=_positive, help="nodes")
+    sub.add_argument("--parallel", choices=["ddp", "fsdp"], help="default: ddp where a rank has the memory, else fsdp")
+    sub.add_argument("--micro-batch", metavar="N", type=_positive, help="sequences a rank takes at a time")
+    sub.add_argument(
+        "--gradient-checkpointing",
+        action="store_const",
+        const=True,
+        help="keep the layers' inputs only, and compute the rest again",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate
 from tasks.mixture import mixture
 from tasks.report import report
+from tasks.retention import drop_optimizers
 from tasks.stage import train_stage
 from tasks.step import Run
 
@@ -27,8 +28,9 @@ def every_setting(run: Run) -> None:
     corpora = mixture(run, dense)
     rows = settings.rows(run.recipe)
     check_chain(run, dense, [row.train.activation for row in rows if row.train])
-    for row in rows:
-        variant = trained(run, row, dense, corpora)
+    for number, row in enumerate(rows):
+        needed = settings.continued(rows[number + 1 :], run.recipe.seed)
+        variant = trained(run, row, dense, corpora, needed)
         if row.thresholds:
             variant = with_thresholds(run, variant, corpora, row.setting, row.note)
         evaluate(run, variant, corpora, row.note)
@@ -44,17 +46,23 @@ def every_setting(run: Run) -> None:
     report(run)
 
 
-def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact) -> Variant:
-    """The variant of a row after all its stages; stage 0 keeps the recipe's data order whatever the row's seed."""
+def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact, needed: set[str]) -> Variant:
+    """The variant of a row after all its stages; stage 0 keeps the recipe's data order whatever the row's seed.
+
+    ``needed``: the stages that later rows go on from, as :func:`prosparse_core.settings.course` names them.
+    """
     if row.train is None:
         return Variant(row.setting, dense, "original")
-    checkpoint = dense
+    checkpoints, names = [dense], settings.course(row, run.recipe.seed)
     for index in range(len(row.train.stages)):
         seed = row.seed if index else None
-        checkpoint = train_stage(
-            run, row.train, index, before=checkpoint, corpora=corpora, dense=dense, seed=seed, note=row.note
+        checkpoints.append(
+            train_stage(
+                run, row.train, index, before=checkpoints[-1], corpora=corpora, dense=dense, seed=seed, note=row.note
+            )
         )
-    return Variant(row.setting, checkpoint, row.train.activation, shift=row.train.shift)
+        drop_optimizers(run, [c for c, name in zip(checkpoints[1:-1], names, strict=False) if name not in needed])
+    return Variant(row.setting, checkpoints[-1], row.train.activation, shift=row.train.shift)
 
 
 def with_thresholds(run: Run, star: Variant, corpora: Artifact, setting: str, note: str) -> Variant:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from flows import summary
 from flows.benchmark_table import benchmark_table
+from flows.plan_table import cost_rows, memory_rows, tokens, verdict
 from prosparse_core.planning import Cost
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Recipe
@@ -30,7 +31,13 @@ PIPED_WIDTH = 240
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 PLAIN_EVERY_S = 5.0
-MARKS = {"done": "[green]✓[/]", "cached": "[cyan]=[/]", "failed": "[red]✗[/]", "would run": "[yellow]·[/]"}
+MARKS = {
+    "done": "[green]✓[/]",
+    "cached": "[cyan]=[/]",
+    "failed": "[red]✗[/]",
+    "would run": "[yellow]·[/]",
+    "dropped": "[dim]-[/]",
+}
 
 
 def say(text: str) -> None:
@@ -223,29 +230,10 @@ def print_plan(recipe: Recipe, run: Run, cost: Cost | None) -> None:
         return
     stages = [[s.index, f"{s.first_step:,}-{s.until_step:,}", s.ramp, s.l1, tokens(s.tokens)] for s in cost.stages]
     table(["stage", "steps", "ramp", "lambda at its end", "tokens, accumulated"], stages)
-    gib = 2**30
-    table(
-        ["cost", "estimate"],
-        [
-            ["parameters", f"{cost.parameters / 1e6:,.1f} M"],
-            ["training tokens", tokens(cost.tokens)],
-            ["training FLOPs", f"{cost.flops:.3g}"],
-            [
-                "memory",
-                f"{cost.memory_bytes / gib:,.1f} GiB in all, {cost.memory_bytes_per_device / gib:,.1f} GiB a device",
-            ],
-            ["disk", f"{cost.disk_bytes / gib:,.1f} GiB"],
-            ["training hours", f"{cost.hours:,.1f} on {cost.hardware} ({cost.assumption})"],
-        ],
-    )
-
-
-def tokens(count: int) -> str:
-    """34.60 B, 174.1 K: as the paper's tables print tokens."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
+    table(["cost", "estimate"], cost_rows(cost))
+    what = "rank" if cost.layout.world > 1 else "process"
+    table([f"memory of a {what}", "estimate"], memory_rows(cost), title=f"fullest when {cost.memory.moment}")
+    out.print(escape(verdict(cost)), style=None if cost.fit.fits else "red")
 
 
 def print_result(result: summary.Result) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from prosparse_core.errors import ProSparseError
-from prosparse_core.store import verify
+from prosparse_core.store import dropped, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,10 +97,11 @@ def _disk(home: Path) -> Iterator[Finding]:
 
 def _store(home: Path) -> Iterator[Finding]:
     """Bits rot, and people edit: an artifact whose files no longer have their recorded hashes is worth nothing."""
-    damaged, sound = [], 0
+    damaged, sound, freed = [], 0, 0
     for record in sorted((home / "store").glob("*/*/artifact.json")):
         try:
             changed = verify(record.parent)
+            freed += sum(file["bytes"] for file in dropped(record.parent).values())
         except ProSparseError as error:
             changed = [str(error)]
         sound += not changed
@@ -108,4 +109,5 @@ def _store(home: Path) -> Iterator[Finding]:
     if damaged:
         yield Finding("store", "broken", "; ".join(damaged), "delete these folders; the next run makes them again")
     else:
-        yield Finding("store", "fine", f"{sound} artifacts, every file as it was written")
+        rest = f"; {freed / 2**30:.2f} GiB of optimizer state dropped (runtime.keep=last)" if freed else ""
+        yield Finding("store", "fine", f"{sound} artifacts, every file as it was written{rest}")

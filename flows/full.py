@@ -13,6 +13,7 @@ from tasks.export import export
 from tasks.mixture import mixture
 from tasks.predictor import predictor
 from tasks.report import report
+from tasks.retention import drop_optimizers
 from tasks.speed import speed
 from tasks.stage import train_stage
 from tasks.step import Run
@@ -30,6 +31,7 @@ def full(run: Run) -> None:
     checkpoints = [dense]
     for index in range(len(train.stages)):
         checkpoints.append(train_stage(run, train, index, before=checkpoints[-1], corpora=corpora, dense=dense))
+        drop_optimizers(run, checkpoints[:-1])
     after_stage_0, trained = checkpoints[1], checkpoints[-1]
 
     original = Variant("original", dense, "original")

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows import console
+from flows import console, nodes
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger
@@ -77,7 +77,7 @@ def open_run(
     keep_freed_memory()
     status, error = "done", None
     try:
-        with _terminate_as_exception():
+        with terminate_as_exception(), nodes.leading(loaded) as run.leader:
             yield run
     except Finished:
         console.say(f"stopped after {until}, as asked")
@@ -122,7 +122,7 @@ def new_run_id(recipe: Recipe) -> str:
 
 
 @contextlib.contextmanager
-def _terminate_as_exception() -> Iterator[None]:
+def terminate_as_exception() -> Iterator[None]:
     """SIGTERM ends the run like Ctrl-C does: recorded, with locks released and checkpoints kept."""
 
     def stop(signum: int, frame: Any) -> None:

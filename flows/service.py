@@ -32,11 +32,21 @@ from flows.service_address import (
     remove_stale_pointer,
     write_pointer,
 )
-from flows.service_process import Service, find_service, log_file, start_service, stop_orphans, stop_service, turn
+from flows.service_cluster import cluster_deployments, require_pool, waiting
+from flows.service_process import (
+    POOL,
+    Deployment,
+    Service,
+    find_service,
+    log_file,
+    start_service,
+    stop_orphans,
+    stop_service,
+    turn,
+)
 from flows.service_runs import HEARTBEAT_S, SILENCE_S, crash_dead_runs, process_tag, timestamp
 from prosparse_core.errors import EnvironmentProblem
 
-POOL = "prosparse"
 WORKER_LIMIT = 1  # flow runs at a time: two trainings on one machine queue instead of thrashing
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -56,16 +66,7 @@ __all__ = [
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """A deployment of a flow. ``entrypoint`` is a module path: with a file path Prefect would put ``flows/`` itself
-    on sys.path, where ``flows/evaluate.py`` hides the package of that name which lm-eval imports."""
-
-    name: str
-    entrypoint: str
-
-
-DEPLOYMENTS: tuple[Deployment, ...] = (  # the same as in prefect.yaml
+DEPLOYMENTS: tuple[Deployment, ...] = (  # the same as in prefect.yaml, less those of clusters
     Deployment("full", "flows.full.prosparse"),
     Deployment("settings", "flows.compare.compare"),
     Deployment("variant", "flows.evaluate.variant"),
@@ -84,6 +85,7 @@ class ServiceStatus:
     worker_pid: int | None
     pool: str | None
     deployments: list[str]  # "flow/deployment"
+    waiting: list[str]  # deployments, here or on a cluster, whose runs no worker would take
     home: str
     log_files: list[str]
 
@@ -93,15 +95,19 @@ def up(
     *,
     folder: Path | None = None,
     deployments: Sequence[Deployment] = DEPLOYMENTS,
+    pool: str | None = None,
     progress: Progress | None = None,
 ) -> ServiceStatus:
     """Bring up whatever is missing of server, pool, deployments and worker; asks nothing, and twice is once.
 
     ``folder`` is where flow runs work and where ``prefect.toml`` goes (default: the repository, else the working
-    directory). Calls from several processes take turns. Raises EnvironmentProblem when a service does not come up,
-    with its log and last lines.
+    directory). ``pool``: a cluster's, whose deployments in ``prefect.yaml`` are registered as well; it must exist, and
+    its worker is started where the cluster can be reached, not here. Calls from several processes take turns. Raises
+    EnvironmentProblem when a service does not come up, with its log and last lines, and BadInput when ``prefect.yaml``
+    or the server has no such pool.
     """
     home, folder, say = _absolute(home), _absolute(folder or run_folder()), progress or _say_nothing
+    of_cluster = cluster_deployments(run_folder(), pool, POOL) if pool else []
     with turn(home, on_wait=lambda: say("waiting for another `prosparse up` or `down`")):
         address = _find_address(home, folder)
         if address.owned:
@@ -117,6 +123,10 @@ def up(
             say(f"server: yours, {address.url}")
         names = _register(address, folder, deployments)
         say(f"pool: {POOL}; deployments: {', '.join(names)}")
+        if pool:
+            require_pool(address, pool)
+            names = _register(address, folder, of_cluster)
+            say(f"pool: {pool}; deployments: {', '.join(names)}; its worker: prefect worker start --pool {pool}")
         _bring_up_worker(home, folder, address, say)
         return status(home, folder=folder)
 
@@ -147,13 +157,14 @@ def status(home: Path, *, folder: Path | None = None) -> ServiceStatus:
     address = _find_address(home, folder)
     server, worker = find_service(home, "server"), find_service(home, "worker")
     healthy = address.healthy()
-    pool, deployments = None, []
+    pool, deployments, idle = None, [], list[str]()
     if healthy:
         ours = {"work_pools": {"name": {"any_": [POOL]}}}
         pool = next((row["name"] for row in address.call("/work_pools/filter", ours)), None)
         found = address.call("/deployments/filter", ours)
         flows = {row["id"]: row["name"] for row in address.call("/flows/filter", ours)} if found else {}
         deployments = sorted(f"{flows.get(row['flow_id'], '?')}/{row['name']}" for row in found)
+        idle = waiting(address, {deployment.entrypoint for deployment in DEPLOYMENTS})
     return ServiceStatus(
         api_url=address.url,
         owned=address.owned,
@@ -163,6 +174,7 @@ def status(home: Path, *, folder: Path | None = None) -> ServiceStatus:
         worker_pid=worker.pid if worker else None,
         pool=pool,
         deployments=deployments,
+        waiting=idle,
         home=str(home),
         log_files=[str(path) for name in ("server", "worker") if (path := log_file(home, name)).exists()],
     )
@@ -292,10 +304,12 @@ def _register(address: Address, folder: Path, deployments: Sequence[Deployment])
 
     names = []
     with temporary_settings({PREFECT_API_URL: address.url}), get_client(sync_client=True) as client:
-        with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
-        if (kind := client.read_work_pool(POOL).type) != "process":
-            raise EnvironmentProblem(f"the work pool {POOL!r} at {address.url} is of type {kind!r}, not 'process'")
+        if any(deployment.pool == POOL for deployment in deployments):
+            with suppress(ObjectAlreadyExists):
+                client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+            if (kind := client.read_work_pool(POOL).type) != "process":
+                raise EnvironmentProblem(f"the work pool {POOL!r} at {address.url} is of type {kind!r}, not 'process'")
+        here = [{"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}}]
         for deployment in deployments:
             flow: Flow[..., Any] = load_flow_from_entrypoint(deployment.entrypoint, use_placeholder_flow=False)
             client.create_deployment(
@@ -304,10 +318,11 @@ def _register(address: Address, folder: Path, deployments: Sequence[Deployment])
                 entrypoint=deployment.entrypoint,
                 description=flow.description,
                 version=flow.version,
-                work_pool_name=POOL,
+                work_pool_name=deployment.pool,
+                job_variables=deployment.job_variables or {},
                 parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
                 enforce_parameter_schema=flow.should_validate_parameters,
-                pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(folder)}}],
+                pull_steps=deployment.pull or here,
             )
             names.append(f"{flow.name}/{deployment.name}")
         if address.owned and not client.read_automations_by_name(_watch()["name"]):

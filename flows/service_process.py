@@ -13,15 +13,31 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from prosparse_core.errors import EnvironmentProblem
 
+POOL = "prosparse"
+"""The work pool of this machine."""
 NUM_LOG_LINES = 15  # of a dead service's log, quoted in the error
 
 # Handles of what this very process started: only a parent can reap a child, and a dropped handle would warn.
 _children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A deployment of a flow. ``entrypoint`` is a module path: with a file path Prefect would put ``flows/`` itself
+    on sys.path, where ``flows/evaluate.py`` hides the package of that name which lm-eval imports."""
+
+    name: str
+    entrypoint: str
+    pool: str = POOL
+    job_variables: dict[str, Any] | None = None
+    pull: list[dict[str, Any]] | None = None
+    """What Prefect does before the flow; None: work in the run folder."""
 
 
 @dataclass(frozen=True)

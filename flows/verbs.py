@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows import console, summary
-from flows.run import check_steps, home_folder, open_run, planned
+import psutil
+
+from flows import console, nodes, summary
+from flows.plan_table import verdict
+from flows.run import check_steps, home_folder, open_run, planned, terminate_as_exception
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.ledger import EXAMPLES, Ledger
@@ -23,7 +26,8 @@ from tasks.step import Run
 
 def verb_run(arguments: argparse.Namespace) -> int:
     """Run a recipe in this process: with Prefect (a server is started for the run if none is up), or without."""
-    _before_a_run(arguments)
+    if _trained_along(arguments):
+        return 0
     from flows.full import full, prosparse
 
     return _run(arguments, "prosparse", full, prosparse)
@@ -31,7 +35,8 @@ def verb_run(arguments: argparse.Namespace) -> int:
 
 def verb_compare(arguments: argparse.Namespace) -> int:
     """Every setting of ``recipe.compare`` under equal tokens."""
-    _before_a_run(arguments)
+    if _trained_along(arguments):
+        return 0
     from flows.compare import compare, every_setting
 
     return _run(arguments, "compare", every_setting, compare)
@@ -48,11 +53,17 @@ def verb_evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _before_a_run(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot end well."""
+def _trained_along(arguments: argparse.Namespace) -> bool:
+    """Refuse what cannot end well; then, on another node than the first, do all there is to do there."""
     check_steps(arguments.force, arguments.until)
-    preflight.check(recipes.load(arguments.recipe, arguments.overrides), home_folder())
+    recipe = recipes.load(arguments.recipe, arguments.overrides)
+    preflight.check(recipe, home_folder())
     _before_prefect(arguments)
+    if not nodes.is_follower(recipe):
+        return False
+    with terminate_as_exception():
+        nodes.follow(recipe)
+    return True
 
 
 def _before_prefect(arguments: argparse.Namespace) -> None:
@@ -91,23 +102,28 @@ def verb_plan(arguments: argparse.Namespace) -> int:
     from flows.compare import every_setting
     from flows.full import full
     from prosparse_core import planning
+    from prosparse_core.planning_layout import Asked
 
+    names = (field.name for field in dataclasses.fields(Asked))
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
     steps = every_setting if arguments.compare else full
     estimate = planning.comparison_cost if arguments.compare else planning.cost
     recipe, run = planned(arguments.recipe, arguments.overrides, force=arguments.force)
+    shape = planning.shape_of(recipe.model)
+    speed = _measured_speed(run.ledger, recipe)
+    cost = estimate(recipe, shape, speed, asked, psutil.virtual_memory().total) if shape else None
     problem = None
     try:
         steps(run)
     except ProSparseError as error:  # a model or corpus that is not here yet does not hide the costs
         problem = error
-    shape = planning.shape_of(recipe.model)
-    cost = estimate(recipe, shape, _measured_speed(run.ledger, recipe)) if shape else None
     if arguments.json:
         console.print_json(
             {
                 "recipe": recipe.name,
                 "steps": [{"label": label, "outcome": outcome} for label, _, outcome in run.history],
                 "cost": dataclasses.asdict(cost) if cost else None,
+                "verdict": verdict(cost) if cost else None,
                 "problem": None if problem is None else {"error": str(problem), "hint": problem.hint},
             }
         )
@@ -166,7 +182,7 @@ def verb_query(arguments: argparse.Namespace) -> int:
 def verb_up(arguments: argparse.Namespace) -> int:
     from flows import service
 
-    return _print_status(arguments, service.up(home_folder(), progress=console.say))
+    return _print_status(arguments, service.up(home_folder(), pool=arguments.pool, progress=console.say))
 
 
 def verb_down(arguments: argparse.Namespace) -> int:

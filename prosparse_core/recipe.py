@@ -15,30 +15,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.family import Family
+from prosparse_core.recipe_machine import Hardware, Shape
+from prosparse_core.recipe_runtime import Runtime as Runtime
+from prosparse_core.recipe_runtime import check_world
 from prosparse_core.recipe_text import apply_override, explain
 from prosparse_core.recipe_train import Distill, Section, Train
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "flows" / "recipes"
 DEFAULT_THRESHOLDS = [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3]
-
-
-class Shape(Section):
-    """Sizes of a gated decoder: lets ``plan`` estimate a model that is not here yet. Decides no result."""
-
-    num_layers: int = Field(gt=0)
-    d_model: int = Field(gt=0)
-    d_ff: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    tied: bool = False
-
-
-class Hardware(Section):
-    """What ``plan`` estimates hours for. Decides no result."""
-
-    device: Literal["a100-80g", "h100-80g", "cpu-core"]
-    count: int = Field(gt=0)
 
 
 class Model(Section):
@@ -290,15 +274,6 @@ class Compare(Section):
         return self
 
 
-class Runtime(Section):
-    """Where and how it runs: outside the identity of every result."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, gt=0)
-    checkpoint_every_steps: int | None = Field(default=None, gt=0)
-    checkpoint_every_minutes: float = Field(default=5.0, gt=0)
-
-
 class Recipe(Section):
     """One reproducible path from a dense model to a measured sparse one."""
 
@@ -327,6 +302,7 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch={micro} must divide the {step // seq} sequences of a step (train.tokens_per_step)"
             )
+        check_world(self.runtime, step // seq)
         return self
 
     def to_yaml(self) -> str:

@@ -117,7 +117,7 @@ class L1Regularizer:
         zero = torch.zeros((), device=next(self._down.parameters()).device)
         sums = torch.stack([torch.stack(part or [zero]).double().sum() for part in (self._abs, self._zeros)])
         sums = torch.cat([sums, sums.new_tensor([self._count])])
-        self._abs, self._zeros, self._count = [], [], 0
+        self.forget()
         if group is not None:
             from torch import distributed
 
@@ -129,6 +129,10 @@ class L1Regularizer:
         l1 *= self.d_ff if self.reduction.d_ff == "sum" else 1
         l1 *= self.num_layers if self.reduction.layers == "sum" else 1
         return l1, mean_abs, zeros / (count * self.d_ff)
+
+    def forget(self) -> None:
+        """Leave what was seen since the last :meth:`collect` out of the next one."""
+        self._abs, self._zeros, self._count = [], [], 0
 
     def close(self) -> None:
         for handle in self._handles:

@@ -43,19 +43,41 @@ def rows(recipe: Recipe) -> list[Row]:
     return found
 
 
-def training_of(rows: list[Row], seed: int) -> tuple[int, int]:
-    """(stages, tokens) that all rows together train: what they have in common counts once."""
+@dataclass(frozen=True)
+class Trained:
+    """What rows train together; what they have in common counts once."""
+
+    num_stages: int
+    num_last: int
+    """Stages that none goes on from."""
+    tokens: int
+
+
+def training_of(rows: list[Row], seed: int) -> Trained:
+    """What all rows together train."""
     stages: dict[str, int] = {}
     for row in rows:
-        if row.train is None:
-            continue
-        for index, stage in enumerate(row.train.stages):
+        for index, key in enumerate(course(row, seed)):
+            assert row.train is not None
             before = row.train.stages[index - 1].until_step if index else 0
-            like = row.train.model_dump(mode="json", exclude={"stages"})
-            course = [s.model_dump(mode="json") for s in row.train.stages[: index + 1]]
-            order = seed if row.seed is None or index == 0 else row.seed
-            stages[canonical_json([like, course, order])] = (stage.until_step - before) * row.train.tokens_per_step
-    return len(stages), sum(stages.values())
+            stages[key] = (row.train.stages[index].until_step - before) * row.train.tokens_per_step
+    num_last = len(set(stages) - continued(rows, seed))
+    return Trained(len(stages), num_last, sum(stages.values()))
+
+
+def course(row: Row, seed: int) -> list[str]:
+    """A name for what each stage of a row leaves: two rows that have it in common train the stage once."""
+    if row.train is None:
+        return []
+    like = row.train.model_dump(mode="json", exclude={"stages"})
+    stages = [s.model_dump(mode="json") for s in row.train.stages]
+    orders = [seed if row.seed is None or index == 0 else row.seed for index in range(len(stages))]
+    return [canonical_json([like, stages[: index + 1], order]) for index, order in enumerate(orders)]
+
+
+def continued(rows: list[Row], seed: int) -> set[str]:
+    """The stages, as :func:`course` names them, that a later stage of some row goes on from."""
+    return {key for row in rows for key in course(row, seed)[:-1]}
 
 
 def _dense(recipe: Recipe) -> list[Train | None]:

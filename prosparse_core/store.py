@@ -2,7 +2,8 @@
 
 Layout under ``$PROSPARSE_HOME/store``::
 
-    <step>/<fingerprint[:20]>/          a finished artifact: its files, facts.jsonl and artifact.json
+    <step>/<fingerprint[:20]>/          a finished artifact: its files, facts.jsonl and artifact.json; dropped.json
+                                        where a retention rule took files away
     .work/<step>-<fingerprint[:20]>/    work in progress; kept after a crash so that a step can go on
     .locks/<fingerprint[:20]>           flock: dies with the process that holds it
 """
@@ -18,12 +19,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 
 RECORD = "artifact.json"
+DROPPED = "dropped.json"
+"""Beside the record, where a retention rule took files away: file -> when and why. The record itself never changes."""
 FACTS = "facts.jsonl"
 VOLATILE_FILES = ("log.jsonl",)
 """Files that hold wall-clock figures: kept and hashed, but not part of an artifact's digest."""
@@ -84,7 +88,8 @@ class Store:
         record = read_record(folder)
         if record["fingerprint"] != print_:
             raise ProSparseError(f"{folder}: holds fingerprint {record['fingerprint']}, not {print_}", hint="delete it")
-        damaged = next((f for f in record["files"] if not _same_size(folder, f)), None)
+        gone = dropped(folder)
+        damaged = next((f for f in record["files"] if f["path"] not in gone and not same_size(folder, f)), None)
         if damaged:
             raise ProSparseError(
                 f"artifact {folder} is damaged: {damaged['path']} is missing or not {damaged['bytes']} bytes",
@@ -149,6 +154,24 @@ class Store:
         _fsync_folder(final.parent)
         return Artifact(step, label, print_, digest, final)
 
+    def drop(self, artifact: Artifact, part: str, reason: str) -> int:
+        """Take a file, or all files of a folder, away from an artifact for good; returns the bytes that became free.
+
+        The artifact keeps its record and digest, and says from now on what it no longer holds; a process that dies in
+        the middle leaves it saying so of files that are still there, which the next call takes away.
+        """
+        assert artifact.fingerprint is not None
+        with self.lock(artifact.fingerprint):
+            folder, gone = artifact.path, dropped(artifact.path)
+            files = [f for f in read_record(folder)["files"] if f["path"] == part or f["path"].startswith(f"{part}/")]
+            here = [f for f in files if (folder / f["path"]).is_file()]
+            if new := [f for f in files if f["path"] not in gone]:
+                entry = {"dropped_at": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
+                write_json(folder / DROPPED, gone | {f["path"]: {"bytes": f["bytes"], **entry} for f in new})
+            for file in here:
+                (folder / file["path"]).unlink()
+        return sum(f["bytes"] for f in here)
+
     def remove(self, step: str, print_: str) -> None:
         """Forget an artifact and any work in progress (``--force``)."""
         for folder in (self.folder(step, print_), self.work_folder(step, print_)):
@@ -171,11 +194,26 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def dropped(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a retention rule took away from an artifact: file -> ``bytes``, ``dropped_at``, ``reason``."""
+    try:
+        return json.loads((folder / DROPPED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ProSparseError(
+            f"{folder / DROPPED} is not readable: {error}",
+            hint=f"delete the folder {folder}; the next run makes it again",
+        ) from error
+
+
 def verify(folder: Path) -> list[str]:
-    """The files of an artifact whose content no longer has the recorded hash."""
+    """The files of an artifact whose content no longer has the recorded hash; what was dropped is not missed."""
+    gone = dropped(folder)
     return [
         f["path"]
         for f in read_record(folder)["files"]
+        if f["path"] not in gone
         if not (folder / f["path"]).is_file() or _sha256(folder / f["path"]) != f["sha256"]
     ]
 
@@ -229,7 +267,7 @@ def _describe(root: Path, path: Path) -> dict[str, Any]:
     }
 
 
-def _same_size(folder: Path, described: Mapping[str, Any]) -> bool:
+def same_size(folder: Path, described: Mapping[str, Any]) -> bool:
     try:
         return (folder / described["path"]).stat().st_size == described["bytes"]
     except OSError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from prosparse_core import checkpoint
 from prosparse_core.distillation import distillation_loss
 from prosparse_core.errors import ProSparseError
 from prosparse_core.loss import next_token_loss
-from prosparse_core.mixing import Mixture
+from prosparse_core.mixing import Batch, Mixture
+from prosparse_core.parallel import Forward
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.progress import Progress
+from prosparse_core.ranks import ALONE, Ranks
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Train
 from prosparse_core.regularizer import L1Regularizer
@@ -27,8 +30,9 @@ from prosparse_core.schedule import first_step, l1_lambda, learning_rate
 from prosparse_core.steering import Steering
 
 LOG = "log.jsonl"
-OPTIMIZER = "optimizer.pt"
 CHECKPOINTS = "checkpoints"
+RANK_SEEDS = 1_000_003
+"""Apart: seeds of two processes, whose dropout must differ."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,16 @@ class StepMetrics:
     wall_s: float
 
 
-def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
-    """AdamW over the weights that are trained (see ``train.freeze``); decay only on matrices."""
+def freeze(model: nn.Module, train: Train) -> None:
+    """Leave out of training what ``train.freeze`` names; before the model is sharded."""
     if "embeddings" in train.freeze:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):  # type: ignore[operator]
             layer.requires_grad_(False)
+
+
+def make_optimizer(model: nn.Module, train: Train) -> torch.optim.AdamW:
+    """AdamW over the weights that are trained (see ``train.freeze``); decay only on matrices."""
+    freeze(model, train)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
     others = [p for p in trained if p.ndim < 2]
@@ -82,35 +91,47 @@ def train_stage(
     progress: Progress,
     teacher: nn.Module | None = None,
     lambda_before: float = 0.0,
+    ranks: Ranks = ALONE,
+    identity: Mapping[str, str] | None = None,
 ) -> None:
     """Train ``model`` in place through stage ``index``, from wherever its newest checkpoint stands.
 
     Args:
-        model: already substituted, on its device, fp32 weights.
+        model: already substituted, on its device, fp32 weights; sharded or not, but not wrapped.
         optimizer: carries its state from the stage before.
         folder: work folder of the stage; receives ``log.jsonl`` and, while running, ``checkpoints/``.
         teacher: the dense original, for a stage that distils from it.
         lambda_before: the factor at the end of the stage before: where a steered stage begins.
+        ranks: the processes that train together; each takes its share of every step's batch.
+        identity: what the checkpoints belong to, by digest.
 
     Raises:
         ProSparseError: the loss is no longer finite.
+        BadInput: the newest checkpoint belongs to another model, other data or another recipe.
+        EnvironmentProblem: the disk is full.
     """
     device = next(model.parameters()).device.type
     first, last = first_step(train.stages, index), train.stages[index].until_step
-    torch.manual_seed(first)
+    torch.manual_seed(first + RANK_SEEDS * ranks.rank)
     stage = train.stages[index]
     assert (teacher is None) == (stage.distill is None)
-    done, extra = checkpoint.restore(folder / CHECKPOINTS, model, optimizer, progress, device)
+    checkpoints = folder / CHECKPOINTS
+    done, extra = checkpoint.restore(checkpoints, model, optimizer, progress, device, ranks=ranks, identity=identity)
     steering = None
     if stage.target_sparsity is not None:
         steering = (
             Steering(**extra) if extra else Steering(stage.target_sparsity, last - first + 1, l1_lambda=lambda_before)
         )
     start = max(first, done + 1)
-    _cut_log(folder / LOG, before=start)
+    log_path = folder / LOG if ranks.is_first else Path(os.devnull)
+    _cut_log(log_path, before=start)
     model.train()
     saved_at = time.monotonic()
-    with L1Regularizer(model, train.l1_reduction) as regularizer, open(folder / LOG, "a", encoding="utf-8") as log:
+    with L1Regularizer(model, train.l1_reduction) as regularizer, open(log_path, "a", encoding="utf-8") as log:
+        regularizer.num_processes = ranks.size
+        loop = _Loop(model, optimizer, regularizer, mixture, train, index, precision, teacher, ranks)
+        if start <= last:
+            loop.settle(start)
         if start <= last and steering is None:
             regularizer.l1_lambda = l1_lambda(train.stages, last)
             progress.note(
@@ -119,7 +140,7 @@ def train_stage(
             )
         for step in range(start, last + 1):
             regularizer.l1_lambda = steering.l1_lambda if steering else l1_lambda(train.stages, step)
-            metrics = _one_step(model, optimizer, regularizer, mixture, train, index, step, precision, teacher)
+            metrics = loop.step(step)
             if steering:
                 steering.update(metrics.sparsity, metrics.lm_loss, metrics.l1)
             log.write(json.dumps(asdict(metrics)) + "\n")
@@ -140,9 +161,10 @@ def train_stage(
                     hint="lower train.lr or the stage's l1",
                 )
             by_steps = runtime.checkpoint_every_steps and step % runtime.checkpoint_every_steps == 0
-            by_time = time.monotonic() - saved_at > 60 * runtime.checkpoint_every_minutes
+            by_time = ranks.from_first(time.monotonic() - saved_at > 60 * runtime.checkpoint_every_minutes)
             if step < last and (by_steps or by_time):
-                checkpoint.save(folder / CHECKPOINTS, step, model, optimizer, steering.state() if steering else None)
+                state = steering.state() if steering else None
+                checkpoint.save(checkpoints, step, model, optimizer, state, ranks=ranks, identity=identity)
                 saved_at = time.monotonic()
         if steering:
             progress.note(
@@ -152,67 +174,96 @@ def train_stage(
     model.eval()
 
 
-def _one_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    regularizer: L1Regularizer,
-    mixture: Mixture,
-    train: Train,
-    index: int,
-    step: int,
-    precision: Precision,
-    teacher: nn.Module | None,
-) -> StepMetrics:
-    began = time.perf_counter()
-    device = next(model.parameters()).device
-    rate = learning_rate(train, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    distill = train.stages[index].distill
-    batch = mixture.batch(step, train.tokens_per_step // mixture.seq_len)
-    num_labels = int((batch.labels[:, 1:] != -100).sum())
-    lm_loss, distilled = torch.zeros((), device=device), torch.zeros((), device=device)
-    for tokens, labels, share in _micro_batches(batch.tokens, batch.labels, train.micro_batch):
-        regularizer.scale = share
-        tokens, labels = tokens.to(device), labels.to(device)
-        with autocast(precision, device.type):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        loss = next_token_loss(logits, labels) / max(1, num_labels)
-        lm_loss += loss.detach()
-        if teacher is not None and distill is not None:
-            with torch.no_grad(), autocast(precision, device.type):
-                wanted = teacher(input_ids=tokens, use_cache=False).logits
-            divergence = distillation_loss(logits, wanted, labels, distill.temperature) / max(1, num_labels)
-            distilled += divergence.detach()
-            loss = loss + distill.weight * divergence
-        loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    l1, mean_abs_x1, sparsity = regularizer.collect()
-    wall = time.perf_counter() - began
-    return StepMetrics(
-        stage=index,
-        step=step,
-        tokens=step * train.tokens_per_step,
-        l1_lambda=regularizer.l1_lambda,
-        lr=rate,
-        lm_loss=float(lm_loss),
-        l1=l1,
-        l1_term=regularizer.l1_lambda * l1,
-        mean_abs_x1=mean_abs_x1,
-        sparsity=sparsity,
-        grad_norm=float(norm),
-        distill=None if distill is None else float(distilled),
-        tokens_per_s=train.tokens_per_step / wall,
-        wall_s=wall,
-    )
+@dataclass
+class _Loop:
+    """What every step of a stage needs."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    regularizer: L1Regularizer
+    mixture: Mixture
+    train: Train
+    index: int
+    precision: Precision
+    teacher: nn.Module | None
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.forward = Forward(self.model, self.ranks)
+
+    def settle(self, step: int) -> None:
+        """See :meth:`prosparse_core.parallel.Forward.settle`."""
+        if self.ranks.size > 1:
+            tokens = self._batch(step).tokens[self.ranks.share(self._sequences)]
+            self.forward.settle(tokens.to(self.device))
+            self.regularizer.forget()
+
+    @property
+    def _sequences(self) -> int:
+        return self.train.tokens_per_step // self.mixture.seq_len
+
+    def _batch(self, step: int) -> Batch:
+        """The whole step's, whatever the number of processes."""
+        return self.mixture.batch(step, self._sequences)
+
+    def step(self, step: int) -> StepMetrics:
+        """One update of the weights from this process's share of the batch and the gradients of all."""
+        began = time.perf_counter()
+        train, ranks, regularizer, device = self.train, self.ranks, self.regularizer, self.device
+        rate = learning_rate(train, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        distill = train.stages[self.index].distill
+        batch = self._batch(step)
+        num_labels = int((batch.labels[:, 1:] != -100).sum())
+        mine = ranks.share(self._sequences)
+        parts = list(_micro_batches(batch.tokens[mine], batch.labels[mine], train.micro_batch))
+        lm_loss, distilled = torch.zeros((), device=device), torch.zeros((), device=device)
+        for number, (tokens, labels) in enumerate(parts, start=1):
+            regularizer.scale = len(tokens) / self._sequences
+            tokens, labels = tokens.to(device), labels.to(device)
+            with self.forward.accumulating(is_last=number == len(parts)):
+                with autocast(self.precision, device.type):
+                    logits = self.forward(tokens)
+                loss = next_token_loss(logits, labels) / max(1, num_labels)
+                lm_loss += loss.detach()
+                if self.teacher is not None and distill is not None:
+                    with torch.no_grad(), autocast(self.precision, device.type):
+                        wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+                    divergence = distillation_loss(logits, wanted, labels, distill.temperature) / max(1, num_labels)
+                    distilled += divergence.detach()
+                    loss = loss + distill.weight * divergence
+                (ranks.size * loss).backward()  # the gradients are averaged over the processes
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
+        if hasattr(norm, "full_tensor"):  # of a sharded model
+            norm = norm.full_tensor()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        l1, mean_abs_x1, sparsity = regularizer.collect(ranks.group)
+        sum_loss, sum_distilled = ranks.sums(float(lm_loss), float(distilled))
+        wall = time.perf_counter() - began
+        return StepMetrics(
+            stage=self.index,
+            step=step,
+            tokens=step * train.tokens_per_step,
+            l1_lambda=regularizer.l1_lambda,
+            lr=rate,
+            lm_loss=sum_loss,
+            l1=l1,
+            l1_term=regularizer.l1_lambda * l1,
+            mean_abs_x1=mean_abs_x1,
+            sparsity=sparsity,
+            grad_norm=float(norm),
+            distill=None if distill is None else sum_distilled,
+            tokens_per_s=train.tokens_per_step / wall,
+            wall_s=wall,
+        )
 
 
-def _micro_batches(tokens: Tensor, labels: Tensor, micro: int | None) -> Iterator[tuple[Tensor, Tensor, float]]:
+def _micro_batches(tokens: Tensor, labels: Tensor, micro: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     size = micro or len(tokens)
-    for start in range(0, len(tokens), size):
-        yield tokens[start : start + size], labels[start : start + size], size / len(tokens)
+    yield from zip(tokens.split(size), labels.split(size), strict=True)
 
 
 def last_lambda(folder: Path) -> float:

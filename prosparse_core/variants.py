@@ -15,6 +15,8 @@ from prosparse_core.thresholds import Thresholds, read_thresholds
 
 MODEL = "model"
 """Folder of an artifact that holds weights, config and tokenizer, as Hugging Face writes them."""
+OPTIMIZER = "optimizer.pt"
+"""The state of the optimizer in a stage's artifact: only a stage that goes on from it reads it."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +132,44 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
     Raises:
         BadInput: no config there, or an architecture of no known family (said before any weight is read).
     """
-    found = check_folder(folder)
+    config, options = _config(folder)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, local_files_only=True, **options
+    )
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def empty_model(folder: Path) -> Any:
+    """The model of a folder with its buffers but without weights (they are on the meta device), fp32, eval mode."""
+    config, options = _config(folder)
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    model.tie_weights()
+    return model.eval()
+
+
+def _config(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The config of a folder, and whether its own code makes its model."""
+    found = check_folder(folder)
+    from transformers import AutoConfig
 
     from prosparse_core.substitute import UNKNOWN_TO_TRANSFORMERS
 
-    logging.disable_progress_bar()
-    options = {"local_files_only": True, "trust_remote_code": "auto_map" in found}
-    config = AutoConfig.from_pretrained(folder, **options)
+    options = {"trust_remote_code": "auto_map" in found}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
     family = require_family(found, where=str(folder))
     if str(getattr(config, family.config_key, None)).startswith(UNKNOWN_TO_TRANSFORMERS):
         setattr(config, family.config_key, "relu")  # the caller puts the activation in: a variant names it
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, **options)
-    return model.to(device).eval(), load_tokenizer(folder)
+    return config, options
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prosparse_core.planning import disk_bytes, shape_of
+from prosparse_core.planning import shape_of
+from prosparse_core.planning_disk import disk
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import require_space
 from tasks import base_model
@@ -27,4 +28,4 @@ def check(recipe: Recipe, home: Path) -> None:
     plan_benchmarks(recipe.evaluate)
     shape = shape_of(recipe.model)
     if shape is not None and not (home / "store" / "export").is_dir():
-        require_space(home, disk_bytes(recipe, shape), f"a run of {recipe.name}")
+        require_space(home, disk(recipe, shape).most[recipe.runtime.keep], f"a run of {recipe.name}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 
+from prosparse_core.errors import ProSparseError
 from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.recipe_train import Train
 from prosparse_core.schedule import first_step
-from prosparse_core.store import Artifact
-from prosparse_core.variants import MODEL
+from prosparse_core.store import Artifact, read_record
+from prosparse_core.variants import MODEL, OPTIMIZER
 from tasks.step import Run, Work
 
 VERSION = 2
@@ -24,6 +25,7 @@ def train_stage(
     dense: Artifact,
     seed: int | None = None,
     note: str = "",
+    holding: Sequence[str] = (),
 ) -> Artifact:
     """The artifact with the weights after stage ``index`` in ``model/``, the optimizer's state and the log.
 
@@ -34,6 +36,7 @@ def train_stage(
         dense: the dense original, from which a stage may distil.
         seed: of the data order; None is the recipe's.
         note: what people read besides the stage, such as the setting.
+        holding: files of it that are needed, though the rule ``runtime.keep: last`` may have taken them away.
     """
     device = resolve_device(run.recipe.runtime.device)
     precision = resolve(run.recipe.model.precision, device)
@@ -42,23 +45,52 @@ def train_stage(
     inputs = {"before": before, "corpora": corpora}
     if stage.distill is not None:
         inputs["teacher"] = dense
+    config = {
+        "stage": index,
+        "stages": [s.model_dump(mode="json") for s in train.stages[: index + 1]],
+        "train": train.model_dump(mode="json", exclude={"stages"}),
+        "total_steps": train.total_steps,
+        "precision": precision,
+    }
+    if index and run.would_run("stage", version=VERSION, config=config, inputs=inputs, seed=seed, holding=holding):
+        inputs["before"] = _with_optimizer(run, train, index - 1, before, corpora, dense, note)
     return run.step(
         "stage",
         label(train, index) + (f" · {note}" if note else ""),
         lambda work: _build(work, run, train, index, inputs, precision, device, seed),
         version=VERSION,
-        config={
-            "stage": index,
-            "stages": [s.model_dump(mode="json") for s in train.stages[: index + 1]],
-            "train": train.model_dump(mode="json", exclude={"stages"}),
-            "total_steps": train.total_steps,
-            "precision": precision,
-        },
+        config=config,
         inputs=inputs,
         seed=seed,
         stage=index,
         needs_bytes=3 * _weight_bytes(before),
+        holding=holding,
     )
+
+
+def _with_optimizer(
+    run: Run, train: Train, index: int, stage: Artifact, corpora: Artifact, dense: Artifact, note: str
+) -> Artifact:
+    """A finished stage with its optimizer's state; trained again where ``runtime.keep: last`` took it away."""
+    if stage.folder is None or (stage.path / OPTIMIZER).exists():
+        return stage
+    record = read_record(stage.path)
+    found = record["inputs"]["before"]
+    before = run.store.find(found["step"], label(train, index - 1) if index else "base model", found["fingerprint"])
+    if before is None:
+        raise ProSparseError(
+            f"{stage.label}: its optimizer's state was dropped, and what it was trained from is no longer in the store",
+            hint=f"delete the folder {stage.path}; the next run makes it again",
+        )
+    seed = record["payload"]["seed"]
+    again = train_stage(run, train, index, before, corpora, dense=dense, seed=seed, note=note, holding=[OPTIMIZER])
+    if again.digest not in (stage.digest, None):
+        raise ProSparseError(
+            f"{stage.label} was trained again, for its optimizer's state, and came out otherwise than before (another "
+            "machine, or another number of threads?): what was measured of it no longer belongs to it",
+            hint="run the same command again: it goes on from the stage as it is now",
+        )
+    return again
 
 
 def label(train: Train, index: int) -> str:
@@ -90,40 +122,30 @@ def _build(
     device: str,
     seed: int,
 ) -> None:
-    import torch
+    from prosparse_core.stage_job import StageJob, run_stage
+    from prosparse_core.training import last_lambda
 
-    from prosparse_core.mixing import Mixture
-    from prosparse_core.substitute import use_activation
-    from prosparse_core.training import CHECKPOINTS, OPTIMIZER, last_lambda, make_optimizer, train_stage
-    from prosparse_core.variants import load_model
-
-    runtime, before = run.recipe.runtime, inputs["before"]
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
-    model, tokenizer = load_model(before.path / MODEL, device)
-    use_activation(model, train.activation, train.shift)
-    teacher = load_model(inputs["teacher"].path / MODEL, device)[0] if "teacher" in inputs else None
-    optimizer = make_optimizer(model, train)
-    if index > 0:
-        optimizer.load_state_dict(torch.load(before.path / OPTIMIZER, map_location=device, weights_only=True))
-    train_stage(
-        model,
-        optimizer,
-        Mixture(inputs["corpora"].path, seed),
-        train,
-        index,
-        work.folder,
+    runtime = run.recipe.runtime
+    job = StageJob(
+        label=label(train, index),
+        folder=work.folder,
+        before=inputs["before"].path,
+        corpora=inputs["corpora"].path,
+        teacher=inputs["teacher"].path if "teacher" in inputs else None,
+        train=train,
+        index=index,
+        seed=seed,
         precision=precision,
+        device=device,
         runtime=runtime,
-        progress=work.progress,
-        teacher=teacher,
-        lambda_before=last_lambda(before.path),
     )
-    work.progress.note("writing the stage's weights and optimizer state")
-    model.save_pretrained(work.folder / MODEL)
-    tokenizer.save_pretrained(work.folder / MODEL)
-    torch.save(optimizer.state_dict(), work.folder / OPTIMIZER)
-    shutil.rmtree(work.folder / CHECKPOINTS, ignore_errors=True)
+    if runtime.is_launched:
+        from prosparse_core.launch import launch
+
+        work.meta.update(processes=runtime.world_size, parallel=runtime.parallel)
+        launch(job, work.progress, run.leader)
+    else:
+        run_stage(job, work.progress)
     work.meta.update(
         stage=index, l1=last_lambda(work.folder), tokens=train.stages[index].until_step * train.tokens_per_step
     )

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import Ledger
+from prosparse_core.nodes import Leader
 from prosparse_core.progress import Progress
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import FACTS, Artifact, Store, fingerprint, make_folder, require_space
@@ -37,7 +38,7 @@ STEPS = (
     "export",
     "report",
 )
-Outcome = Literal["done", "cached", "failed", "planned", "would run"]
+Outcome = Literal["done", "cached", "failed", "planned", "would run", "dropped"]
 
 
 class Finished(Exception):
@@ -85,6 +86,8 @@ class Run:
     """Ask the store only: nothing runs, nothing is written."""
     prefect: bool = False
     """Inside a Prefect flow run: each step is a task run."""
+    leader: Leader | None = None
+    """Of the nodes that train together, when there are several and this is the first."""
     history: list[tuple[str, Artifact | None, Outcome]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     """Why a planned step would run, by label."""
@@ -105,6 +108,7 @@ class Run:
         seed: int | None = None,
         stage: int | None = None,
         needs_bytes: int = 0,
+        holding: Sequence[str] = (),
     ) -> Artifact:
         """The artifact of one step: from the store when its fingerprint is there, else by running ``body``.
 
@@ -117,30 +121,59 @@ class Run:
             inputs: artifacts by role; their digests are part of the identity.
             seed: where it is not the recipe's.
             needs_bytes: what the disk must hold before the step starts.
+            holding: files that are needed even of an artifact in the store: where a retention rule took one away, the
+                step runs again.
         """
         assert name in STEPS
         if self._reached and name != self.until:
             raise Finished(name)
         self._reached = name == self.until
         if any(a.digest is None for a in inputs.values()):
-            return self._plan(name, label, None)
-        payload = {
+            return self._plan(name, label, None, holding)
+        payload = self._payload(name, version, config, inputs, seed)
+        if self.planning:
+            return self._plan(name, label, payload, holding)
+        attempt = _Attempt(self, name, label, body, payload, inputs, stage, needs_bytes, holding)
+        artifact = _as_prefect_task(attempt) if self.prefect else attempt.execute()[0]
+        return artifact
+
+    def would_run(
+        self,
+        name: str,
+        *,
+        version: int,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+        seed: int | None = None,
+        holding: Sequence[str] = (),
+    ) -> bool:
+        """Whether :meth:`step` with the same arguments would run its body."""
+        if name in self.force or any(a.digest is None for a in inputs.values()):
+            return True
+        found = self.store.find(name, "", fingerprint(self._payload(name, version, config, inputs, seed)))
+        return found is None or bool(_missing(found, holding))
+
+    def _payload(
+        self, name: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, Artifact], seed: int | None
+    ) -> dict[str, Any]:
+        """Everything that decides the result of a step: what its fingerprint is of."""
+        return {
             "step": name,
             "version": version,
             "config": dict(config),
             "inputs": {role: artifact.digest for role, artifact in inputs.items()},
             "seed": self.recipe.seed if seed is None else seed,
         }
-        if self.planning:
-            return self._plan(name, label, payload)
-        attempt = _Attempt(self, name, label, body, payload, inputs, stage, needs_bytes)
-        artifact = _as_prefect_task(attempt) if self.prefect else attempt.execute()[0]
-        return artifact
 
-    def _plan(self, name: str, label: str, payload: Mapping[str, Any] | None) -> Artifact:
+    def _plan(self, name: str, label: str, payload: Mapping[str, Any] | None, holding: Sequence[str]) -> Artifact:
         found = None
         if payload is not None and name not in self.force:
             found = self.store.find(name, label, fingerprint(payload))
+        if found and (missing := _missing(found, holding)):
+            self.history = [entry for entry in self.history if entry[0] != label]  # it was said to be cached
+            self.history.append((label, None, "would run"))
+            self.reasons[label] = _dropped(missing)
+            return found  # as the same bits are expected of it
         outcome: Outcome = "cached" if found else "would run"
         self.history.append((label, found, outcome))
         if not found:
@@ -160,6 +193,7 @@ class _Attempt:
     inputs: Mapping[str, Artifact]
     stage: int | None
     needs_bytes: int
+    holding: Sequence[str]
 
     def execute(self) -> tuple[Artifact, Outcome]:
         run, store = self.run, self.run.store
@@ -172,9 +206,12 @@ class _Attempt:
                 with store.lock(print_, on_wait=lambda: progress.note("another run is at this step: waiting for it")):
                     if self.name in run.force:
                         store.remove(self.name, print_)
-                    artifact = store.find(self.name, self.label, print_)
-                    outcome: Outcome = "cached" if artifact else "done"
-                    artifact = artifact or self._make(progress)
+                    found = store.find(self.name, self.label, print_)
+                    missing = _missing(found, self.holding) if found else []
+                    if missing:
+                        progress.note(_dropped(missing))
+                    artifact = found if found and not missing else self._make(progress)
+                    outcome: Outcome = "cached" if artifact is found else "done"
                 with run.ledger.together():
                     run.ledger.record_artifact(artifact.path)
                     run.ledger.end_step(step_id, status=outcome, artifact=artifact.digest)
@@ -215,6 +252,14 @@ class _Attempt:
                     hint="free some space and run the same command again: it goes on from its last checkpoint",
                 ) from error
             raise
+
+
+def _missing(artifact: Artifact, holding: Sequence[str]) -> list[str]:
+    return [name for name in holding if not (artifact.path / name).exists()]
+
+
+def _dropped(missing: Sequence[str]) -> str:
+    return f"runs again: {', '.join(missing)} was dropped (runtime.keep=last), and a stage has to go on from it"
 
 
 def _as_prefect_task(attempt: _Attempt) -> Artifact:

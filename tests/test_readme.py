@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+OF_CLUSTERS = ("prefect work-pool create ", "srun ")
 
 
 def test_there_are_commands() -> None:
@@ -45,8 +49,25 @@ def test_deployments_exist(command: str) -> None:
     assert getattr(importlib.import_module(module), function).name == flow
 
 
+def test_pools_and_their_templates_exist() -> None:
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    created = [shlex.split(c) for c in COMMANDS if c.startswith("prefect work-pool create ")]
+    assert {words[3] for words in created} == {d["work_pool"]["name"] for d in deployments} - {"prosparse"}
+    for words in created:
+        for option, value in pairwise(words):
+            assert option != "--base-job-template" or (ROOT / value).is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("srun ")])
+def test_what_srun_starts_parses(command: str) -> None:
+    words = shlex.split(command)
+    parsed = cli.build_parser().parse_args(words[words.index("prosparse") + 1 :])
+    nodes = int(words[words.index("-N") + 1])
+    assert recipes.load(parsed.recipe, parsed.overrides).runtime.nodes == nodes
+
+
 def test_every_command_is_of_a_known_kind() -> None:
-    known = ("prosparse ", "make ", "prefect deployment run ", ". .venv/bin/activate", "duckdb ")
+    known = ("prosparse ", "make ", "prefect deployment run ", ". .venv/bin/activate", "duckdb ", *OF_CLUSTERS)
     assert [c for c in COMMANDS if not c.startswith(known)] == []
 
 

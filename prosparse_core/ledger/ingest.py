@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import schema
-from prosparse_core.store import FACTS, RECORD, read_record
+from prosparse_core.store import FACTS, RECORD, dropped, read_record
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -77,6 +77,7 @@ def ingest_artifact(con: DuckDBPyConnection, folder: Path, home: Path) -> bool:
             f"{folder / RECORD}: not a whole artifact record: {type(error).__name__} {error}",
             hint=f"delete the folder {folder}; the next run makes it again",
         ) from error
+    _note_retention(con, record, folder)
     known = con.execute("SELECT fingerprint FROM artifacts WHERE digest = ?", [row["digest"]]).fetchall()
     if (row["fingerprint"],) in known:
         return False
@@ -93,6 +94,20 @@ def ingest_artifact(con: DuckDBPyConnection, folder: Path, home: Path) -> bool:
         if not con.execute("FROM lineage WHERE (artifact, role, input) = (?, ?, ?)", key).fetchone():
             con.execute("INSERT INTO lineage VALUES (?, ?, ?, ?, ?, ?)", edge)
     return True
+
+
+def _note_retention(con: DuckDBPyConnection, record: Row, folder: Path) -> None:
+    """What a retention rule took from the artifact, and what is there again, as far as the ledger does not know it."""
+    gone = dropped(folder)
+    sizes = {f["path"]: f["bytes"] for f in record["files"]}
+    sql = "SELECT path FROM dropped WHERE artifact = ?"
+    known = {path for (path,) in con.execute(sql, [record["digest"]]).fetchall()}
+    add = "INSERT INTO retention VALUES (?, ?, ?, ?, ?, ?)"
+    for path in sorted(set(gone) - known):
+        at = datetime.fromisoformat(gone[path]["dropped_at"]).astimezone(UTC).replace(tzinfo=None)
+        con.execute(add, [record["digest"], path, "dropped", gone[path]["bytes"], at, gone[path]["reason"]])
+    for path in sorted(known - set(gone)):
+        con.execute(add, [record["digest"], path, "made again", sizes.get(path, 0), schema.now(), None])
 
 
 def ingest_store(con: DuckDBPyConnection, store: Path, home: Path) -> int:

@@ -49,6 +49,13 @@ CREATE TABLE lineage (
 );
 COMMENT ON TABLE lineage IS 'One row per input of an artifact; lineage_of(digest) follows them to the source.';
 
+CREATE TABLE retention (
+  artifact VARCHAR NOT NULL, path VARCHAR NOT NULL, event VARCHAR NOT NULL CHECK (event IN ('dropped', 'made again')),
+  bytes BIGINT NOT NULL, happened_at TIMESTAMP NOT NULL, reason VARCHAR
+);
+COMMENT ON TABLE retention IS
+  'One row per file that runtime.keep: last took from an artifact, or that was made again; lineage_of says what is gone.';
+
 CREATE TABLE variant_facts (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, model VARCHAR NOT NULL, setting VARCHAR NOT NULL,
   activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT, seed BIGINT, l1 DOUBLE

@@ -183,13 +183,21 @@ COMMENT ON VIEW speedup IS
   'Speedup over each dense baseline (torch, or our own dense kernel) of the same session under the very same '
   'conditions, and only for kernels that passed their correctness gate.';
 
+CREATE VIEW dropped AS
+  SELECT artifact, path, bytes, happened_at, reason
+  FROM (FROM retention QUALIFY row_number() OVER (PARTITION BY artifact, path ORDER BY happened_at DESC, rowid DESC) = 1)
+  WHERE event = 'dropped';
+COMMENT ON VIEW dropped IS
+  'Files that artifacts no longer hold: what was taken away by a retention rule, and why. What was measured stays valid.';
+
 CREATE MACRO lineage_of(root) AS TABLE
   WITH RECURSIVE ancestry(digest, depth, role) AS (
     SELECT DISTINCT digest, 0, NULL::VARCHAR FROM artifacts WHERE starts_with(digest, root)
     UNION
     SELECT l.input, a.depth + 1, l.role FROM ancestry a JOIN lineage l ON l.artifact = a.digest WHERE a.depth < 100)
   SELECT min(n.depth) AS depth, string_agg(DISTINCT n.role, ', ' ORDER BY n.role) AS role, any_value(a.step) AS step,
-         any_value(a.label) AS label, n.digest AS artifact, any_value(a.path) AS path, min(a.created_at) AS created_at
+         any_value(a.label) AS label, n.digest AS artifact, any_value(a.path) AS path, min(a.created_at) AS created_at,
+         (SELECT string_agg(d.path, ', ' ORDER BY d.path) FROM dropped d WHERE d.artifact = n.digest) AS dropped
   FROM ancestry n LEFT JOIN artifacts a ON a.digest = n.digest GROUP BY n.digest ORDER BY depth, step, n.digest;
 COMMENT ON MACRO TABLE lineage_of IS
   'Everything an artifact was made from, back to the source; give its digest or the beginning of it.';

@@ -29,7 +29,10 @@ ROOT = Path(__file__).parents[2]
 API: dict[str, Any] = {
     "/api/health": True,
     "/api/work_pools/filter": [{"name": "default"}, {"name": "prosparse"}],
-    "/api/deployments/filter": [{"name": "full", "flow_id": "f1"}, {"name": "settings", "flow_id": "f2"}],
+    "/api/deployments/filter": [
+        {"name": "full", "flow_id": "f1", "work_pool_name": "prosparse", "entrypoint": "flows.full.prosparse"},
+        {"name": "settings", "flow_id": "f2", "work_pool_name": "prosparse", "entrypoint": "flows.compare.compare"},
+    ],
     "/api/flows/filter": [{"id": "f2", "name": "compare"}, {"id": "f1", "name": "prosparse"}],
 }
 
@@ -45,7 +48,7 @@ class StandInApi(BaseHTTPRequestHandler):
 
     def answer(self, sent: dict[str, Any]) -> None:
         found = API[self.path]
-        if self.path == "/api/work_pools/filter":
+        if self.path == "/api/work_pools/filter" and "work_pools" in sent:
             found = [row for row in found if row["name"] in sent["work_pools"]["name"]["any_"]]
         body = json.dumps(found).encode()
         self.send_response(200)
@@ -89,6 +92,7 @@ def test_status_of_nothing(tmp_path: Path) -> None:
         worker_pid=None,
         pool=None,
         deployments=[],
+        waiting=[],
         home=str(tmp_path / "home"),
         log_files=[],
     )
@@ -168,9 +172,11 @@ def test_importing_is_instant_and_without_prefect() -> None:
 
 def test_prefect_yaml_and_up_make_the_same_deployments() -> None:
     entries = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
-    assert [(entry["name"], entry["entrypoint"], entry["work_pool"]["name"]) for entry in entries] == [
-        (deployment.name, deployment.entrypoint, service.POOL) for deployment in service.DEPLOYMENTS
+    here = [entry for entry in entries if entry["work_pool"]["name"] == service.POOL]
+    assert [(entry["name"], entry["entrypoint"]) for entry in here] == [
+        (deployment.name, deployment.entrypoint) for deployment in service.DEPLOYMENTS
     ]
+    assert here[0] == {"name": "full", "entrypoint": "flows.full.prosparse", "work_pool": {"name": "prosparse"}}
     assert service.run_folder() == ROOT
 
 

@@ -88,6 +88,8 @@ def test_a_setting_that_needs_what_the_recipe_lacks_is_refused(override: str, me
 def test_what_rows_have_in_common_is_counted_once() -> None:
     recipe = recipes.load("tiny", ["compare.settings=[original, vanilla_relu, prosparse_star, prosparse]"])
     # stage 0 (20 steps) once; 40 more for vanilla_relu, 40 more for the stages of prosparse; its thresholds are free
-    assert settings.training_of(settings.rows(recipe), recipe.seed) == (1 + 1 + 3, (20 + 40 + 40) * 512)
+    shared = settings.training_of(settings.rows(recipe), recipe.seed)
+    assert (shared.num_stages, shared.num_last, shared.tokens) == (1 + 1 + 3, 2, (20 + 40 + 40) * 512)
     again = recipes.load("tiny", ["compare.settings=[prosparse]", "compare.seeds={prosparse: [7]}"])
-    assert settings.training_of(settings.rows(again), again.seed) == (1 + 3 + 3, (20 + 40 + 40) * 512)
+    shared = settings.training_of(settings.rows(again), again.seed)
+    assert (shared.num_stages, shared.num_last, shared.tokens) == (1 + 3 + 3, 2, (20 + 40 + 40) * 512)

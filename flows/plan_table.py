@@ -1,0 +1,67 @@
+"""What ``prosparse plan`` says a recipe costs, as the rows of its tables."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prosparse_core.hardware import GIB
+from prosparse_core.planning import Cost
+
+Rows = list[list[str]]
+
+
+def cost_rows(cost: Cost) -> Rows:
+    """Sizes, compute and disk."""
+    disk, keep = cost.disk, cost.keep
+    other: Literal["last", "all"] = "last" if keep == "all" else "all"
+    return [
+        ["parameters", f"{cost.parameters / 1e6:,.1f} M"],
+        ["training tokens", tokens(cost.tokens)],
+        ["training FLOPs", f"{cost.flops:.3g}"],
+        ["hardware", cost.hardware],
+        *([["", cost.remark]] if cost.remark else []),
+        ["training hours", f"{cost.hours:,.1f} ({cost.assumption})"],
+        ["disk, at most", f"{size(disk.most[keep])} (runtime.keep={keep}; with {other} {size(disk.most[other])})"],
+        ["disk, stages", f"{size(disk.stages[keep])} (with {other} {size(disk.stages[other])})"],
+        ["disk, a stage", f"{size(disk.stage)}, of which the optimizer's state {size(disk.stage - disk.base_model)}"],
+        ["disk, a checkpoint", f"{size(disk.checkpoint)}, two while one is written"],
+        ["disk, base model", size(disk.base_model)],
+        ["disk, corpora", size(disk.corpora)],
+        ["disk, export", f"{size(disk.export)}, predictor {size(disk.predictor)}"],
+    ]  # fmt: skip
+
+
+def memory_rows(cost: Cost) -> Rows:
+    """What a rank holds at its fullest, largest term first; then the sum and what there is."""
+    memory, ranks = cost.memory, cost.layout.world
+    rows = [[term, size(held)] for term, held in sorted(memory.terms.items(), key=lambda item: -item[1])]
+    rows.append(["in all", size(memory.total) + (f", {size(cost.memory_bytes)} on {ranks} ranks" if ranks > 1 else "")])
+    if memory.host_bytes:
+        rows.append(["host of the first rank", f"{size(memory.host_bytes)}, while what a stage leaves is written"])
+    return rows
+
+
+def verdict(cost: Cost) -> str:
+    """One line: whether a rank has the memory, and what would fit if not."""
+    if cost.fit.limit_bytes >= 1 << 62:
+        return f"needs {size(cost.memory.total)} of memory"
+    there = f"{size(cost.memory.total)} of {size(cost.fit.limit_bytes)} that a rank may use"
+    if cost.fit.fits:
+        return f"fits: {there}"
+    ways = (
+        "; or ".join(cost.fit.ways_out) or "no layout of up to 4,096 devices does: a smaller model, or larger devices"
+    )
+    return f"DOES NOT FIT: {there}. What fits: {ways}"
+
+
+def size(held: int) -> str:
+    """12.3 GiB, 45 MiB."""
+    return f"{held / GIB:,.1f} GiB" if held >= 0.1 * GIB else f"{held / 2**20:,.0f} MiB"
+
+
+def tokens(count: int) -> str:
+    """34.60 B, 174.1 K: as the paper's tables print tokens."""
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return str(count)
