@@ -15,7 +15,7 @@ from torch import Tensor
 
 IGNORED = -100
 """A label that carries no loss."""
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20
 """fp32 bytes of logits at a time: they stay in a cache of the processor."""
 
 

@@ -93,6 +93,7 @@ def train(case: Case) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from prosparse_core.memory import keep_freed_memory
     from prosparse_core.mixing import Batch
     from prosparse_core.progress import Silent
     from prosparse_core.recipe import Runtime
@@ -123,6 +124,7 @@ def train(case: Case) -> None:
         )
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
+    keep_freed_memory()  # as every run does
     distil = Distill() if case.distil else None
     train = Train(
         tokens_per_step=case.sequences * case.passes * case.seq_len,

@@ -24,7 +24,7 @@ def case(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-@pytest.mark.parametrize("chunk_bytes", [4, 4 * 131 * 5, 16 << 20], ids=["a row", "ragged", "whole"])
+@pytest.mark.parametrize("chunk_bytes", [4, 4 * 131 * 5, 4 << 20], ids=["a row", "ragged", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradient_are_those_of_torch(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk_bytes: int
