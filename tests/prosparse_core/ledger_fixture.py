@@ -278,6 +278,7 @@ def build_home(path: Path) -> Home:
     for stage, (first, last, l1) in enumerate([(1, 3, 0.0), (4, 5, 0.1), (6, 8, 0.4)]):
         inputs = {"checkpoint": checkpoint, "mixture": data}
         checkpoint = make("stage", f"stage {stage}", log=training_log(stage, first, last, l1), inputs=inputs)
+    Store(path).drop(made["stage 0"], "result.txt", "runtime.keep=last")
     star = variant_fact("prosparse_star", checkpoint, "relu")
     calibration = [star, *threshold_facts(star)]
     thresholds = make("calibrate", "calibrate", calibration, inputs={"checkpoint": checkpoint, "mixture": data})
