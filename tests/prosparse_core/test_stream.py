@@ -96,8 +96,7 @@ def test_what_stops_the_preparation_is_said(corpora: Path, tmp_path: Path) -> No
     about["rows"]["source"]["path"] = str(tmp_path / "gone")
     (copy / DESCRIPTION).write_text(json.dumps(about))
     with opened(copy, tmp_path) as mixture, pytest.raises(BadInput, match="source 'rows': nothing to read at"):
-        for step in itertools.count(1):
-            mixture.batch(step, SEQUENCES)
+        mixture.batch(1, SEQUENCES)
 
 
 def test_a_preparation_that_was_killed_is_noticed(corpora: Path, tmp_path: Path) -> None:
@@ -144,9 +143,8 @@ def test_a_stream_holds_every_training_document_and_no_held_out_one(corpora: Pat
     shards = made(corpora, "rows", tmp_path, 12)
     text = "".join(tokenizer.decode(tokens.flatten()) for _, tokens, _ in shards)
     rows = [json.loads(s) for p in sorted((corpora.parents[2] / "rows").iterdir()) for s in p.read_text().splitlines()]
-    held_out = {
-        d.text for split in ("calibration", "evaluation") for d in Mixture(corpora, SEED).held_out(split, "rows")
-    }
+    mixture = Mixture(corpora, SEED)
+    held_out = {d.text for split in ("calibration", "evaluation") for d in mixture.held_out(split, "rows")}
     from prosparse_core.sources import _Renderer
 
     render = _Renderer(Source(name="rows", kind="files", weight=1, path="x"))

@@ -52,6 +52,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     finally:
         for program in programs:
             program.kill()
+            program.communicate()
     assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
