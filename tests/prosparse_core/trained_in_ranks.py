@@ -151,6 +151,7 @@ def full_disk(folder: Path, ranks: Ranks) -> dict[str, Any]:
         torch.save = save  # type: ignore[assignment]
     said = refused_by(lambda: checkpoint.save(folder, 6, model, optimizer, ranks=ranks))
     torch.save = before
+    ranks.gather(None)
     left = sorted(p.name for p in folder.iterdir())
     return {"said": said, "left": left, "resumes": checkpoint.restore(folder, model, optimizer, Silent(), ranks=ranks)}
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Base, Seen, make_run
 
-from prosparse_core.errors import ProSparseError
+from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.recipe import parse
 from prosparse_core.store import Artifact, read_record
+from tasks.preflight import check
 from tasks.stage import train_stage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 A_FLOW = """
@@ -33,6 +33,7 @@ from conftest import make_run
 from prosparse_core.recipe import parse
 from tasks.base_model import base_model
 from tasks.mixture import mixture
+from tasks.preflight import check
 from tasks.stage import train_stage
 run, _ = make_run(Path(sys.argv[2]), parse(json.loads(sys.argv[3])))
 dense = base_model(run)
@@ -40,17 +41,24 @@ train_stage(run, run.recipe.train, 0, dense, mixture(run, dense), dense=dense)
 """
 
 
-def recipe(base: Base, **runtime: Any) -> dict[str, Any]:
+def recipe(base: Any, **runtime: Any) -> dict[str, Any]:
     """Short, but each step long enough to be interrupted in."""
     train = {"tokens_per_step": 256, "lr": 1e-3, "stages": [{"until_step": STEPS, "l1": 0}]}
     return {**base.recipe, "train": train, "runtime": {"threads": 1, "checkpoint_every_steps": 3, **runtime}}
 
 
-def trained(base: Base, home: Path, seen: Seen | None = None, **runtime: Any) -> Artifact:
-    """The stage in a home of its own, watched by ``seen``."""
-    run, watcher = make_run(home, parse(recipe(base, **runtime)))
-    run.watcher = seen or watcher
-    return train_stage(run, run.recipe.train, 0, base.dense, base.corpora, dense=base.dense)
+def trained(base: Any, home: Path, kill_after: int | None = None, **runtime: Any) -> tuple[Artifact, Any]:
+    """The stage in a home of its own, and what it said; rank 1 is killed after a step."""
+    run, seen = dataclasses.replace(base, home=home).run(**recipe(base, **runtime))
+    update = seen.update
+
+    def watched(done: float, total: float, **fields: Any) -> None:
+        update(done, total, **fields)
+        if fields["step"] == kill_after:
+            trainers(os.getpid())[1].kill()
+
+    seen.update = watched
+    return train_stage(run, run.recipe.train, 0, base.dense, base.corpora, dense=base.dense), seen
 
 
 def hashes(stage: Artifact) -> dict[str, str]:
@@ -69,33 +77,23 @@ def trainers(of: int) -> dict[int, psutil.Process]:
     return found
 
 
-class KillsARank(Seen):
-    """A watcher that kills rank 1 after a step."""
-
-    def update(self, done: float, total: float, **fields: Any) -> None:
-        super().update(done, total, **fields)
-        if fields["step"] == 5:
-            trainers(os.getpid())[1].kill()
-
-
-def wait_for(condition: Any, limit_s: float = 120) -> None:
+def wait_for(condition: Any, limit_s: float = 300) -> None:
     until = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
 
 
-def test_killed_in_every_way_and_resumed_to_the_bit(base: Base, tmp_path: Path) -> None:
+def test_killed_in_every_way_and_resumed_to_the_bit(base: Any, tmp_path: Path) -> None:
     two = {"processes": 2, "parallel": "fsdp"}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     shutil.copytree(base.home, broken)
-    seen = Seen()
-    whole = trained(base, straight, seen, **two)
+    whole, seen = trained(base, straight, **two)
     assert seen.updates[-1][:2] == (STEPS, STEPS)
     assert not (whole.path / "ranks").exists()
 
     with pytest.raises(ProSparseError, match="rank 1 was killed by SIGKILL") as caught:
-        trained(base, broken, KillsARank(), **two)
+        trained(base, broken, kill_after=5, **two)
     assert "goes on from its last checkpoint" in str(caught.value.hint)
     assert not trainers(os.getpid())
 
@@ -113,13 +111,12 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Base, tmp_path: Path) 
     assert not alive, "orphans"
     assert len(gone) >= 3
 
-    seen = Seen()
-    resumed = trained(base, broken, seen, **two)
+    resumed, seen = trained(base, broken, **two)
     assert any(note.startswith("resuming after step") for note in seen.notes)
     assert seen.updates[0][0] > 9
     assert hashes(resumed) == hashes(whole)
 
-    alone = trained(base, tmp_path / "alone")
+    alone, _ = trained(base, tmp_path / "alone")
     assert sorted(hashes(alone)) == sorted(hashes(whole))
     for name in ("model/config.json", "model/generation_config.json", "model/tokenizer.json"):
         assert hashes(alone)[name] == hashes(whole)[name]
@@ -127,7 +124,7 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Base, tmp_path: Path) 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_trainers_own_error_is_the_steps(base: Base, tmp_path: Path) -> None:
+def test_a_trainers_own_error_is_the_steps(base: Any, tmp_path: Path) -> None:
     """Here: one process sees a damaged model. Nothing of it is left but the work folder."""
     dense = tmp_path / "dense"
     shutil.copytree(base.dense.path, dense)
@@ -135,3 +132,8 @@ def test_a_trainers_own_error_is_the_steps(base: Base, tmp_path: Path) -> None:
     broken = dataclasses.replace(base, dense=dataclasses.replace(base.dense, folder=dense))
     with pytest.raises(ProSparseError, match=r"model/config.json is not what artifact.json says"):
         trained(broken, tmp_path / "home", processes=1)
+
+
+def test_more_processes_than_gpus_are_refused(base: Any) -> None:
+    with pytest.raises(BadInput, match=r"runtime.processes=2, but this machine has \d GPU"):
+        check(parse({**base.recipe, **recipe(base, processes=2, device="cuda")}), base.home)
