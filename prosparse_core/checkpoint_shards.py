@@ -10,11 +10,12 @@ DCP reads any part of a tensor from any shard, so that the number of processes m
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def write(
     """Write every process's shard, then (rank 0) ``state``. Every process must call, and gets the same error.
 
     Raises:
-        CheckpointException: a shard could not be written; see :func:`is_disk_full`.
+        OSError: the disk of one is full.
+        ProSparseError: a shard could not be written for another reason.
     """
     from torch.distributed import checkpoint
 
@@ -45,7 +47,8 @@ def write(
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
     tensors[f"rng.{ranks.rank}"] = torch.get_rng_state()
-    checkpoint.save(tensors, storage_writer=writer)
+    with _ordinary_errors():
+        checkpoint.save(tensors, storage_writer=writer)
     mine = [p for p in sorted(folder.iterdir()) if _belongs(p, ranks)]
     files = [entry for entries in ranks.gather([_describe(p) for p in mine]) for entry in entries]
     error = None
@@ -76,20 +79,26 @@ def _writer(folder: Path) -> Any:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk; torch's writers hide it under others of their own."""
+    """Whether an error, or what caused it, is a full disk; torch's writers hide it under errors of their own."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        if any(is_disk_full(inner) for inner in _failures(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _failures(error: BaseException) -> list[BaseException]:
-    """What went wrong in each process, when ``error`` is DCP's summary of it."""
-    found = getattr(error, "failures", None)
-    return [inner for inner, _ in found.values()] if isinstance(found, dict) else []
+@contextlib.contextmanager
+def _ordinary_errors() -> Iterator[None]:
+    """DCP's summary of what went wrong in each process is no ``Exception``: raise the first of these instead."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as summary:
+        rank, (error, _) = min(summary.failures.items())
+        if is_disk_full(error):
+            raise OSError(errno.ENOSPC, f"rank {rank}: {error}") from None
+        raise ProSparseError(f"rank {rank}: {type(error).__name__}: {error}") from summary
 
 
 def is_there(folder: Path) -> bool:
@@ -147,7 +156,7 @@ def read(
     rng = torch.get_rng_state() if ranks.rank < state["processes"] else None
     if rng is not None:
         tensors[f"rng.{ranks.rank}"] = rng
-    with warnings.catch_warnings():
+    with _ordinary_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         checkpoint.load(tensors, storage_reader=_reader(folder), no_dist=ranks.size == 1)
     optimizer.load_state_dict(moments)

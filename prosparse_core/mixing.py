@@ -9,6 +9,7 @@ Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
     calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt?, num_tokens}
     evaluation/CORPUS.jsonl           likewise, of other files
     evaluation/choices.jsonl          {id, file, question, choices, answer}: made of held-out evaluation code
+    streams.json, tokenizer/          of streamed corpora, instead of train/: what their shards are made from
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from prosparse_core.progress import Progress, Silent
 from prosparse_core.recipe import Data, Source
 from prosparse_core.shards import SPLITS, Corpus, write_jsonl
 from prosparse_core.sources import Document, stable_hash
+from prosparse_core.stream import DESCRIPTION, TOKENIZER
+from prosparse_core.stream_reader import Streams
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +69,11 @@ def prepare(
         write_jsonl(folder / "evaluation" / f"{CHOICES}.jsonl", (question.row for question in questions))
         held_out |= {question.function.document.key for question in questions}
 
-    trained = [corpus for corpus in corpora if counts[corpus.name]]
+    streams = {c.name: c.describe_stream(held_out) for c in corpora if c.source.stream and counts[c.name]}
+    if streams:
+        (folder / DESCRIPTION).write_text(json.dumps(streams, indent=1) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(folder / TOKENIZER)
+    trained = [corpus for corpus in corpora if counts[corpus.name] and not corpus.source.stream]
     done, total = 0, sum(corpus.source.max_tokens for corpus in trained)
     for corpus in trained:
         for tokens in corpus.write_train(folder, held_out):
@@ -128,9 +135,37 @@ class Batch:
 
 @dataclass
 class _Windows:
+    """The windows of a corpus that lies on disk whole; its samples go over them, shuffled anew in each epoch."""
+
     tokens: np.ndarray
     mask: np.ndarray | None
+    key: tuple[object, ...] = ()
     epochs: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def place(self, turn: int) -> int:
+        """The window of the corpus's sample ``turn`` (from 0)."""
+        epoch, at = divmod(turn, len(self.tokens))
+        if epoch not in self.epochs:
+            if len(self.epochs) > 1:
+                self.epochs.clear()
+            self.epochs[epoch] = permutation(len(self.tokens), *self.key, epoch)
+        return int(self.epochs[epoch][at])
+
+    def window(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+        place = self.place(turn)
+        return self.tokens[place], None if self.mask is None else self.mask[place]
+
+
+@dataclass
+class _Streamed:
+    """A corpus that comes in shards: sample ``turn`` is window ``turn``, shuffled within its shard."""
+
+    streams: Streams
+    name: str
+    key: tuple[object, ...]
+
+    def window(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.streams.window(self.name, turn, lambda shard, n: permutation(n, *self.key, shard))
 
 
 class Mixture:
@@ -138,16 +173,22 @@ class Mixture:
 
     Sample ``i`` (from 0) belongs to block ``i // 1024``, in which every corpus has its ``samples_per_block`` places, in
     an order shuffled by the seed and the block. The ``k``-th sample of a corpus of ``n`` windows takes window
-    ``permutation(corpus, epoch=k // n)[k % n]``.
+    ``permutation(corpus, epoch=k // n)[k % n]``; of a streamed corpus, window ``k``, shuffled in its shard.
+
+    Args:
+        work: where the shards of streamed corpora may lie while batches are taken, in rising steps; then :meth:`close`.
+        prepares: whether this process has the shards prepared; of several that read the same ``work``, one does.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, work: Path | None = None, *, prepares: bool = True) -> None:
         self._folder, self._seed = Path(folder), seed
+        self._streams = Streams(self._folder, work, prepares=prepares) if work is not None else None
         self.manifest: dict[str, Any] = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
         self.seq_len: int = self.manifest["seq_len"]
         self._counts: list[int] = [entry["samples_per_block"] for entry in self.manifest["corpora"]]
         self._train = [
-            self._open("train", name) if count else None for name, count in zip(self.corpora, self._counts, strict=True)
+            self._open_train(entry["name"], bool(entry.get("stream"))) if entry["samples_per_block"] else None
+            for entry in self.manifest["corpora"]
         ]
         self._block = functools.lru_cache(maxsize=4)(self._make_block)
 
@@ -165,28 +206,44 @@ class Mixture:
         tokens = np.empty((sequences, self.seq_len), dtype=np.int64)
         labels = np.empty_like(tokens)
         corpora = []
+        self._release((step - 1) * sequences)
         for row in range(sequences):
-            corpus, window = self.sample((step - 1) * sequences + row)
+            corpus, turn = self._turn((step - 1) * sequences + row)
             source = self._train[corpus]
             assert source is not None
-            tokens[row] = source.tokens[window]
-            labels[row] = tokens[row] if source.mask is None else np.where(source.mask[window], tokens[row], -100)
+            tokens[row], mask = source.window(turn)
+            labels[row] = tokens[row] if mask is None else np.where(mask, tokens[row], -100)
             corpora.append(corpus)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), corpora)
 
+    def close(self) -> None:
+        """End the preparation of streamed corpora, if there are any."""
+        if self._streams is not None:
+            self._streams.close()
+
+    def _release(self, index: int) -> None:
+        """Samples before ``index`` are not needed any more."""
+        streamed = [i for i, source in enumerate(self._train) if isinstance(source, _Streamed)]
+        if not streamed:
+            return
+        block, place = divmod(index, BLOCK)
+        corpora, _ = self._block(block)
+        before = {i: block * self._counts[i] + int((corpora[:place] == i).sum()) for i in streamed}
+        assert self._streams is not None
+        self._streams.release({self.corpora[i]: turn for i, turn in before.items()})
+
     def sample(self, index: int) -> tuple[int, int]:
-        """Corpus and window of sample ``index`` (from 0)."""
+        """Corpus and window of sample ``index`` (from 0); of a streamed corpus, the window's place in the stream."""
+        corpus, turn = self._turn(index)
+        source = self._train[corpus]
+        return corpus, source.place(turn) if isinstance(source, _Windows) else turn
+
+    def _turn(self, index: int) -> tuple[int, int]:
+        """Corpus of sample ``index``, and how many of its samples precede it."""
         block, place = divmod(index, BLOCK)
         corpora, ranks = self._block(block)
         corpus = int(corpora[place])
-        source = self._train[corpus]
-        assert source is not None
-        epoch, at = divmod(block * self._counts[corpus] + int(ranks[place]), len(source.tokens))
-        if epoch not in source.epochs:
-            if len(source.epochs) > 1:
-                source.epochs.clear()
-            source.epochs[epoch] = permutation(len(source.tokens), self._seed, self.corpora[corpus], epoch)
-        return corpus, int(source.epochs[epoch][at])
+        return corpus, block * self._counts[corpus] + int(ranks[place])
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each place in the block: its corpus, and how many samples of that corpus precede it in the block."""
@@ -214,7 +271,12 @@ class Mixture:
     def _open(self, split: str, name: str) -> _Windows:
         mask = self._folder / split / f"{name}.mask.npy"
         tokens = np.load(self._folder / split / f"{name}.tokens.npy", mmap_mode="r")
-        return _Windows(tokens, np.load(mask, mmap_mode="r") if mask.exists() else None)
+        return _Windows(tokens, np.load(mask, mmap_mode="r") if mask.exists() else None, (self._seed, name))
+
+    def _open_train(self, name: str, is_streamed: bool) -> _Windows | _Streamed | None:
+        if not is_streamed:
+            return self._open("train", name)
+        return _Streamed(self._streams, name, (self._seed, name)) if self._streams is not None else None
 
 
 def permutation(length: int, *key: object) -> np.ndarray:

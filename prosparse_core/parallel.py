@@ -56,7 +56,7 @@ class Forward:
         self._is_ddp = ranks.size > 1 and not is_sharded(model)
         if self._is_ddp:
             self._model = nn.parallel.DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def __call__(self, tokens: Tensor) -> Tensor:

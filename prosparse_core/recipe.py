@@ -52,6 +52,9 @@ class Source(Section):
     weight: float = Field(ge=0)
     max_tokens: int = Field(default=400_000, gt=0)
     """At most this many training tokens are prepared; a longer run goes over them again, which the manifest says."""
+    stream: bool = False
+    """Kinds hub and files: prepare the text in shards while training goes on, and remove what was used; ``max_tokens``
+    is then what lies on disk at a time. For text that does not fit there."""
     path: str | None = None
     """hub: the dataset id; files: a file, a folder or a glob of parquet, jsonl or text files."""
     config: str | None = None
@@ -69,6 +72,8 @@ class Source(Section):
     def _check(self) -> Source:
         if self.kind in ("hub", "files") and not self.path:
             raise ValueError(f"a source of kind {self.kind!r} needs a path")
+        if self.stream and self.kind not in ("hub", "files"):
+            raise ValueError(f"a source of kind {self.kind!r} is small: it cannot be streamed")
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("prompt and answer go together")
         if self.prompt is not None and self.template is not None:
@@ -81,6 +86,8 @@ class Data(Section):
 
     seq_len: int = Field(gt=1)
     sources: list[Source] = Field(min_length=1)
+    stream_shards: int = Field(default=4, ge=2)
+    """Into how many shards the ``max_tokens`` of a streamed source are cut."""
     calibration_tokens: int = Field(default=8192, gt=0)
     """Held-out tokens per corpus on which thresholds are chosen."""
     evaluation_tokens: int = Field(default=8192, gt=0)
@@ -303,6 +310,14 @@ class Recipe(Section):
                 f"train.micro_batch={micro} must divide the {step // seq} sequences of a step (train.tokens_per_step)"
             )
         check_world(self.runtime, step // seq)
+        for i, source in enumerate(self.data.sources):
+            shard = source.max_tokens // self.data.stream_shards
+            if source.stream and (shard < seq or step > source.max_tokens - shard):
+                raise ValueError(
+                    f"data.sources[{i}].max_tokens={source.max_tokens} in data.stream_shards={self.data.stream_shards} "
+                    f"shards: a shard must hold one window (data.seq_len={seq}), and all but one of them the "
+                    f"{step} tokens of a step"
+                )
         return self
 
     def to_yaml(self) -> str:

@@ -55,7 +55,7 @@ class Corpus:
     """One source on its way to disk. Documents are drawn once: held-out ones first, the others wait for training."""
 
     def __init__(self, source: Source, encoder: Encoder, data: Data, seed: int) -> None:
-        self.source, self.name, self._encoder, self._data = source, source.name, encoder, data
+        self.source, self.name, self._encoder, self._data, self._seed = source, source.name, encoder, data, seed
         stream = documents(source, seed=seed)
         first = next(stream, None)
         if first is None:
@@ -83,7 +83,7 @@ class Corpus:
         drawn: list[Encoded] = []
         used: set[Document] = set()
         num_windows = math.ceil(asked / seq_len)
-        with _Shard(folder, self.name, seq_len, self.is_instruction) as shard:
+        with Shard(folder, self.name, seq_len, self.is_instruction) as shard:
             windows = self._pack(self._draw("calibration", asked, keys, drawn))
             for window in itertools.islice(windows, num_windows):
                 shard.add(window)
@@ -142,7 +142,7 @@ class Corpus:
         """Write the training windows, telling after each how many tokens there are."""
         tally, seq_len = self._tallies["train"], self._data.seq_len
         num_windows = self.source.max_tokens // seq_len
-        with _Shard(folder / "train", self.name, seq_len, self.is_instruction) as shard:
+        with Shard(folder / "train", self.name, seq_len, self.is_instruction) as shard:
             encoded = self._encoder.encode_in_batches(self._train_documents(held_out))
             for window in itertools.islice(self._pack(encoded), num_windows):
                 shard.add(window)
@@ -166,6 +166,18 @@ class Corpus:
                 else:
                     yield document
 
+    def describe_stream(self, held_out: set[bytes]) -> dict[str, Any]:
+        """What the shards of a streamed corpus are made from; see :mod:`prosparse_core.stream`."""
+        self._waiting.clear()
+        return {
+            "source": self.source.model_dump(mode="json"),
+            "seed": self._seed,
+            "seq_len": self._data.seq_len,
+            "windows_per_shard": self.source.max_tokens // self._data.stream_shards // self._data.seq_len,
+            "max_shards": self._data.stream_shards,
+            "held_out": sorted(key.hex() for key in held_out),
+        }
+
     def describe(self, share: float, train_tokens: float) -> dict[str, Any]:
         """The corpus in the manifest. ``epochs`` of ``train_tokens`` may exceed 1 where text is scarce."""
         train = self._tallies["train"].tokens
@@ -178,11 +190,12 @@ class Corpus:
             "weight": self.source.weight,
             "share": share,
             "epochs": train_tokens / train if train else 0.0,
+            **({"stream": True} if self.source.stream else {}),
             **splits,
         }
 
 
-class _Shard:
+class Shard:
     """The windows of one corpus in one split: tokens, and the label mask where not every token is one."""
 
     def __init__(self, folder: Path, name: str, seq_len: int, with_mask: bool) -> None:
@@ -190,7 +203,7 @@ class _Shard:
         self._mask = RowWriter(folder / f"{name}.mask.npy", seq_len, np.uint8) if with_mask else None
         self._stack = ExitStack()
 
-    def __enter__(self) -> _Shard:
+    def __enter__(self) -> Shard:
         for writer in (self._tokens, self._mask):
             if writer is not None:
                 self._stack.enter_context(writer)

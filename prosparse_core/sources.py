@@ -62,7 +62,7 @@ def split_of(file: str) -> str:
     return "calibration" if place < 2 * HELD_OUT_PCT else "train"
 
 
-def shuffled(names: Iterable[str], seed: int) -> list[str]:
+def shuffled(names: Iterable[str], seed: object) -> list[str]:
     """The names in an order that depends on the seed and on nothing else."""
     return sorted(names, key=lambda name: (stable_hash(seed, name), name))
 
@@ -92,6 +92,8 @@ def source_identity(source: Source) -> dict[str, Any]:
     if source.kind == "hub":
         return {"path": source.path, "config": source.config, "split": source.split, "revision": source.revision}
     if source.kind == "files":
+        if source.stream:  # too much to hash before each run
+            return {"bytes": {name: path.stat().st_size for name, path in _find_files(source).items()}}
         digests = {}
         for name, path in _find_files(source).items():
             with path.open("rb") as handle:
@@ -145,24 +147,66 @@ def _from_files(source: Source, seed: int) -> Iterator[Document]:
     rows = [name for name in order if files[name].suffix.lower() in ROW_SUFFIXES]
     for name in order:
         if files[name].suffix.lower() in TEXT_SUFFIXES:
-            document = render({"text": _read_text(files[name], source), "file": name}, id=name, file=name)
-            if document is not None:
-                yield document
-    found = (
-        render(row, id=f"{name}:{number}")
-        for name in rows
-        for number, row in enumerate(_READERS[files[name].suffix.lower()](files[name], source), start=1)
-    )
-    yield from _buffered_shuffle((document for document in found if document is not None), seed)
+            yield from (document for _, document in _read_file(name, files[name], source, render))
+    found = (document for name in rows for _, document in _read_file(name, files[name], source, render))
+    yield from _buffered_shuffle(found, seed)
+
+
+def _read_file(name: str, path: Path, source: Source, render: _Renderer) -> Iterator[tuple[int, Document]]:
+    """The documents of one file, each with the number of its row; a text is one row."""
+    suffix = path.suffix.lower()
+    if suffix in TEXT_SUFFIXES:
+        document = render({"text": _read_text(path, source), "file": name}, id=name, file=name)
+        if document is not None:
+            yield 1, document
+        return
+    for number, row in enumerate(_READERS[suffix](path, source), start=1):
+        document = render(row, id=f"{name}:{number}")
+        if document is not None:
+            yield number, document
+
+
+def read_files(source: Source, seed: object, after: Sequence[Any] | None) -> Iterator[tuple[tuple[str, int], Document]]:
+    """The documents of a source of kind ``files``, file by file in an order of the seed, each with its place.
+
+    Args:
+        after: begin with the document after this place; None: with the first.
+    """
+    files = _find_files(source)
+    render = _Renderer(source)
+    order = shuffled(files, seed)
+    if after is not None and after[0] not in files:
+        raise BadInput(f"source {source.name!r}: the file {after[0]!r}, where the stream stood, is no longer there")
+    for name in order[order.index(after[0]) if after is not None else 0 :]:
+        for row, document in _read_file(name, files[name], source, render):
+            if after is None or name != after[0] or row > after[1]:
+                yield (name, row), document
 
 
 def _from_hub(source: Source, seed: int) -> Iterator[Document]:
+    render, stream = _hub_rows(source)
+    return _render_hub(source, render, stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+
+
+def open_hub_rows(source: Source, state: dict[str, Any] | None) -> tuple[Any, Iterator[Document]]:
+    """A hub dataset in its own order, from a ``state_dict()`` of it on (None: the beginning); and its documents."""
+    render, stream = _hub_rows(source)
+    if state is not None:
+        stream.load_state_dict(state)
+    return stream, _render_hub(source, render, stream)
+
+
+def _hub_rows(source: Source) -> tuple[_Renderer, Any]:
     render = _Renderer(source)
     stream = _open_hub(source)
     if stream.column_names:
         render.check(stream.column_names, where=f"{source.path}, split {source.split}")
         stream = stream.select_columns(render.columns)
-    for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+    return render, stream
+
+
+def _render_hub(source: Source, render: _Renderer, rows: Iterable[dict[str, Any]]) -> Iterator[Document]:
+    for row in rows:
         document = render(row, id=f"{source.path}:{source.split}")
         if document is not None:
             yield Document(f"{document.id}:{document.file[4:]}", document.file, document.text, document.prompt)

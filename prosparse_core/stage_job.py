@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -115,21 +116,22 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
     if job.runtime.compile:
         for layer in layers_of(model):
             layer.compile()
-    train_stage(
-        model,
-        optimizer,
-        Mixture(job.corpora, job.seed),
-        job.train,
-        job.index,
-        job.folder,
-        precision=job.precision,
-        runtime=job.runtime,
-        progress=progress,
-        teacher=teacher,
-        lambda_before=last_lambda(job.before),
-        ranks=ranks,
-        identity=identity,
-    )
+    with contextlib.closing(Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first)) as mixture:
+        train_stage(
+            model,
+            optimizer,
+            mixture,
+            job.train,
+            job.index,
+            job.folder,
+            precision=job.precision,
+            runtime=job.runtime,
+            progress=progress,
+            teacher=teacher,
+            lambda_before=last_lambda(job.before),
+            ranks=ranks,
+            identity=identity,
+        )
     progress.note("writing the stage's weights and optimizer state")
     _write(job, model, optimizer, ranks)
 

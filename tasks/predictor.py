@@ -151,7 +151,7 @@ def _record(
     from prosparse_core.mixing import Mixture
     from prosparse_core.recording import calibration_windows, held_out_windows, record
 
-    section, mixture = run.recipe.predictor, Mixture(corpora.path, run.recipe.seed)
+    section, mixture = run.recipe.predictor, Mixture(corpora.path, run.recipe.seed, work.folder)
     plan: list[tuple[str, Iterator[Tensor], int]] = [
         (
             "training text",
@@ -185,6 +185,7 @@ def _record(
             work.progress.note(f"the {what} has {found.num_tokens} tokens, {asked} were asked")
         recordings.append(found)
         before += asked
+    mixture.close()
     return recordings[0], recordings[1], recordings[2] if len(recordings) > 2 else None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prosparse_core.errors import BadInput
 from prosparse_core.planning import shape_of
 from prosparse_core.planning_disk import disk
-from prosparse_core.recipe import Recipe
+from prosparse_core.precision import resolve_device
+from prosparse_core.recipe import Recipe, Runtime
 from prosparse_core.store import require_space
 from tasks import base_model
 from tasks.benchmarks import plan_benchmarks
@@ -17,7 +19,7 @@ def check(recipe: Recipe, home: Path) -> None:
 
     Raises:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
-            is unknown or not allowed.
+            is unknown or not allowed, more training processes than GPUs.
         EnvironmentProblem: a missing package, too little room in the store.
     """
     from prosparse_core.sources import check_source
@@ -26,6 +28,21 @@ def check(recipe: Recipe, home: Path) -> None:
     for source in recipe.data.sources:
         check_source(source)
     plan_benchmarks(recipe.evaluate)
+    _check_devices(recipe.runtime)
     shape = shape_of(recipe.model)
     if shape is not None and not (home / "store" / "export").is_dir():
         require_space(home, disk(recipe, shape).most[recipe.runtime.keep], f"a run of {recipe.name}")
+
+
+def _check_devices(runtime: Runtime) -> None:
+    """Every training process on a GPU has one of its own."""
+    if not runtime.is_launched or resolve_device(runtime.device) != "cuda":
+        return
+    import torch
+
+    asked, there = runtime.processes or 1, torch.cuda.device_count()
+    if asked > there:
+        raise BadInput(
+            f"runtime.processes={asked}, but this machine has {there} GPU{'' if there == 1 else 's'}",
+            hint="each training process needs a GPU; runtime.device=cpu trains without",
+        )
