@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.decoder_weights import DecoderModel, DecoderWeights, LayerWeights
+from kernels.decoder_weights import DecoderModel, DecoderWeights, LayerWeights, PackedLayer
 from kernels.reference import check_threshold
 from kernels.sampling import Sampling
 
@@ -198,6 +198,26 @@ class Decoder:
                 found.append(self._logits[:num_logits].clone())
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    @property
+    def live_share(self) -> float:
+        """Of the neurons, how many lived in the last call if it was of one token."""
+        return self.num_live / sum(map(_width, self.model.layers))
+
+    @property
+    def bytes_read(self) -> int:
+        """What the last call had to read if it was of one token: weights of the neurons it computed, cache, screens."""
+        model, item = self.model, self.model.dtype.itemsize
+        layers = model.layers
+        read = sum(layer.qkv.nbytes + layer.out.nbytes for layer in layers) + model.lm_head.nbytes
+        read += self.num_gates * model.d_model * item
+        read += 2 * model.d_model * item * (sum(map(_width, layers)) if self.ffn == "dense" else self.num_live)
+        if self.ffn == "certified":
+            read += sum(gate.rows.nbytes + bounds.nbytes for gate, bounds in model.screens())
+        if self.ffn == "predicted":
+            read += sum(m.nbytes for layer in layers for m in (layer.fc1, layer.fc2) if m is not None)
+        seen = sum(min(self.length, window or self.length) for window in model.windows)
+        return read + 2 * seen * model.num_kv_heads * model.head_dim * self._cache.itemsize
+
     def rewind(self, length: int = 0) -> None:
         """Forget all positions from ``length`` on."""
         if not 0 <= length <= self.length:
@@ -265,7 +285,7 @@ class _FFNPlans:
     def __init__(self, decoder: Decoder) -> None:
         model, threads = decoder.model, decoder.num_threads
         self._decoder = decoder
-        widest = max(layer.w_gate.shape[0] for layer in model.layers)
+        widest = max(map(_width, model.layers))
         batch, parts = decoder._batch, decoder._library.parts if threads > 1 else 1
         self._stride = -(-model.d_model // _LINE_FLOATS) * _LINE_FLOATS
         self._memory = {
@@ -317,6 +337,10 @@ class _FFNPlans:
         )
         self._predictors.append(made)
         return made
+
+
+def _width(layer: PackedLayer) -> int:
+    return layer.w_gate.shape[0]
 
 
 def _logit(probability: float) -> float:

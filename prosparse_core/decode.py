@@ -31,9 +31,13 @@ class GreedyDecoder:
         self.tokens: list[int] = []
         self._forward(prompt)
 
-    def step(self) -> float:
-        """Decode the next token; the seconds its forward pass and the choice took."""
-        last = torch.tensor([[self.tokens[-1]]], device=self.logits.device)
+    def step(self, token: int | None = None) -> float:
+        """Decode the next token; the seconds its forward pass and the choice took.
+
+        Args:
+            token: goes in instead of the newest one.
+        """
+        last = torch.tensor([[self.tokens[-1] if token is None else token]], device=self.logits.device)
         began = self._clock()
         self._forward(last)
         return self._clock() - began
@@ -65,6 +69,9 @@ def ffn_thresholds(model: nn.Module) -> list[float]:
                 f"layer {ffn.layer}: the activation is {activation}, not ReLU or FATReLU: no exact zeros to skip",
                 hint="measure a variant with a ReLU activation",
             )
+        hooked = [name for name in ("gate", "up", "down") if getattr(ffn, name)._forward_hooks]
+        if hooked:  # such as the second ReLU of dReLU
+            raise BadInput(f"layer {ffn.layer}: {' and '.join(hooked)} with a hook: sparse FFNs know none")
         biased = [name for name in ("gate", "up", "down") if getattr(ffn, name).bias is not None]
         if biased:
             raise BadInput(f"layer {ffn.layer}: {' and '.join(biased)} with a bias: sparse FFNs know none")

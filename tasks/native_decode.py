@@ -131,12 +131,19 @@ def _activation(model: nn.Module) -> tuple[str, list[float]]:
     from prosparse_core.families import find_ffns
 
     ffns = find_ffns(model)
-    if all(type(f.activation).__name__ in SILU for f in ffns):
+    if runs_silu(model):
         biased = [f.layer for f in ffns if any(getattr(f, part).bias is not None for part in ("gate", "up", "down"))]
         if biased:
             raise BadInput(f"layer {biased[0]}: an FFN with a bias: the native decoder knows none")
         return "silu", [0.0] * len(ffns)
     return "relu", ffn_thresholds(model)
+
+
+def runs_silu(model: nn.Module) -> bool:
+    """Whether every FFN has SiLU: no exact zeros."""
+    from prosparse_core.families import find_ffns
+
+    return all(type(f.activation).__name__ in SILU for f in find_ffns(model))
 
 
 def _window(config: Any, attention: Any) -> int | None:

@@ -176,6 +176,28 @@ def test_counts_are_those_of_the_twin():
     assert torch.equal(Decoder(DecoderModel(lifted)).feed([3]), Decoder(model, thresholds=[1.0, 5.0]).feed([3]))
 
 
+def test_bytes_are_those_of_the_rows_that_were_computed():
+    weights = random_weights(d_ffs=(701, 257), hidden=9, window=3, tied=False)
+    for dtype in (torch.float32, torch.float16):
+        model, item = DecoderModel(weights, dtype), dtype.itemsize
+        attention = 2 * (8 * 6 + 24) * 24 * item
+        cache = 2 * 2 * 3 * 2 * 6 * 4  # layers, keys and values, window, heads, numbers, bytes
+        fixed = attention + 61 * 24 * item + cache
+        screen = 958 * (64 + 16)
+        read = {}
+        for ffn in ("dense", "exact", "certified", "predicted"):
+            decoder = Decoder(model, ffn=ffn)
+            for token in tokens(6):
+                decoder.feed([token])
+            live, gates = decoder.num_live, decoder.num_gates
+            assert decoder.live_share == live / 958
+            rows = 958 * 3 if ffn == "dense" else gates + 2 * live
+            extra = {"certified": screen, "predicted": (958 + 2 * 24) * 9 * item}.get(ffn, 0)
+            assert decoder.bytes_read == fixed + rows * 24 * item + extra
+            read[ffn] = decoder.bytes_read
+        assert read["predicted"] < read["exact"] < read["dense"]
+
+
 def test_greedy_generation_is_the_largest_logit_again_and_again():
     weights = random_weights(thresholds=(0.0, 0.0))
     model, text = DecoderModel(weights), tokens(5)
