@@ -30,7 +30,7 @@ sanitize: setup
 	$(BIN)/python -m pytest tests/kernels/test_sanitized.py
 
 bench: setup
-	$(BIN)/prosparse run $(RECIPE) --force speed
+	$(BIN)/prosparse bench $(MODEL)
 
 clean:
 	rm -rf .venv .prosparse

@@ -69,6 +69,7 @@ DEPLOYMENTS: tuple[Deployment, ...] = (  # the same as in prefect.yaml
     Deployment("full", "flows.full.prosparse"),
     Deployment("settings", "flows.compare.compare"),
     Deployment("variant", "flows.evaluate.variant"),
+    Deployment("variant", "flows.speed.variant"),
 )
 
 
