@@ -33,7 +33,7 @@ memory: setup
 	$(BIN)/python tests/prosparse_core/memory_runs.py
 
 bench: setup
-	$(BIN)/prosparse run $(RECIPE) --force speed
+	$(BIN)/prosparse bench $(MODEL)
 
 clean:
 	rm -rf .venv .prosparse

@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   prosparse plan smollm2-135m            what would run, what is cached, what it costs
   prosparse run smollm2-135m --set train.lr=2e-4
   prosparse evaluate MODEL --limit 100   the paper's benchmarks for any checkpoint
+  prosparse bench                        how fast the newest model is here, and how fast it could be
   prosparse query "FROM results"
   prosparse up && prefect deployment run prosparse/full --watch
 Running the same command again goes on where it stopped. Data lives under $PROSPARSE_HOME (default ./.prosparse).
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "--inline", action="store_true", help="without Prefect: same steps, same store, same ledger"
             )
     _add_evaluate(verb("evaluate", "measure any checkpoint on benchmarks, without training"))
+    _add_bench(verb("bench", "time a checkpoint: kernels on its own masks, predictors, decoding; or a shape alone"))
     recipe_verb("validate", "check a recipe; reports every error at once")
     verb("recipes", "the recipes that come with the product")
     for name, help_ in (
@@ -139,6 +141,29 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch-size", metavar="N", type=int, help="sequences per forward pass (default: 4)")
     sub.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="default: the recipe's, or auto")
     sub.add_argument("--force", action="store_true", help="measure again though the store has it")
+    sub.add_argument("--inline", action="store_true", help="without Prefect: same step, same store, same ledger")
+
+
+def _add_bench(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a folder, an exported model, a hub id, a variant id or an artifact's digest (default: the newest run's "
+        "prosparse variant)",
+    )
+    sub.add_argument("--shape", metavar="DxF", help="instead of a model: one layer of random weights, as 4096x11008")
+    sub.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of that layer (default: fp32)")
+    sub.add_argument(
+        "--sparsity",
+        metavar="S",
+        type=float,
+        help="of its random masks; of a model, what thresholds are raised to for timing (default: 0.89)",
+    )
+    sub.add_argument("--threads", metavar="N", type=int, help="default: the recipe's, or 1")
+    sub.add_argument(
+        "--budget", dest="budget_s", metavar="S", type=float, help="seconds (default: the recipe's, or 40)"
+    )
     sub.add_argument("--inline", action="store_true", help="without Prefect: same step, same store, same ledger")
 
 

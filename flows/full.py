@@ -43,8 +43,8 @@ def full(run: Run) -> None:
     for variant in (original, vanilla_relu, prosparse_star):
         evaluate(run, variant, corpora)
     measured = evaluate(run, prosparse, corpora)
-    predictor(run, prosparse, corpora)
-    speed(run, prosparse, corpora)
+    predictors = predictor(run, prosparse, corpora)
+    speed(run, prosparse, corpora, original=original, predictors=predictors)
     export(run, prosparse, measured, corpora)
     report(run)
 

@@ -70,6 +70,7 @@ DEPLOYMENTS: tuple[Deployment, ...] = (  # the same as in prefect.yaml, less tho
     Deployment("full", "flows.full.prosparse"),
     Deployment("settings", "flows.compare.compare"),
     Deployment("variant", "flows.evaluate.variant"),
+    Deployment("variant", "flows.speed.variant"),
 )
 
 

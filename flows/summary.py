@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,30 @@ class Result:
             is_missing = not any(ups.values()) and len(why) == 1  # no such FFN can be computed sparsely
             text = f"n/a: {why.pop()}" if is_missing else f"{', '.join(parts)} [{self.speed['implementation']}]"
             lines.append(f"speed-up    {text}")
+            lines += decode_lines(self.speed.get("decode") or [])
         lines += [f"{name:<11} {place}" for name, place in self.places.items()]
         counted = ", ".join(f"{n} {outcome}" for outcome, n in self.steps.items())
         lines.append(f"steps       {counted}")
         return lines
+
+
+def decode_lines(ways: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Milliseconds of one token, a line for each dtype and kind of masks; predictors stand in the report."""
+    groups: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
+    for way in ways:
+        if way["cutoff"] is None and way["ms"] is not None:
+            groups.setdefault((way["dtype"], way["mask_source"]), []).append(way)
+    lines = []
+    for (dtype, masks), found in groups.items():
+        zeros = "the dense original" if masks is None else f"{_pct(found[-1]['sparsity'])} zeros"
+        about = f"{dtype}, {zeros}" + (", thresholds raised for timing" if masks == "raised" else "")
+        parts = [
+            f"{way['provider'].replace('_', ' ')} {way['ms']:.1f}"
+            + (f" ({way['over_own_dense']:.2f}x)" if way["over_own_dense"] and "_dense" not in way["provider"] else "")
+            for way in found
+        ]
+        lines.append(f"ms/token    {', '.join(parts)} [{about}]")
+    return lines
 
 
 def of_run(run: Run) -> Result:

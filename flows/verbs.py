@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from flows import console, nodes, summary
+from flows.bench_table import bench_rows, bench_tables
 from flows.plan_table import verdict
 from flows.run import check_steps, home_folder, open_run, planned, terminate_as_exception
 from prosparse_core import recipe as recipes
@@ -50,6 +51,23 @@ def verb_evaluate(arguments: argparse.Namespace) -> int:
     run_id = from_command_line(arguments)
     if arguments.json:
         console.print_json(summary.load(home_folder(), run_id))
+    return 0
+
+
+def verb_bench(arguments: argparse.Namespace) -> int:
+    """Time any checkpoint, ours or not, or a shape: every number with every condition."""
+    _before_prefect(arguments)
+    from flows.speed import from_command_line
+
+    run_id = from_command_line(arguments)
+    rows = bench_rows(Ledger(home_folder()), run_id)
+    if arguments.json:
+        console.print_json({**summary.load(home_folder(), run_id), "timings": rows})
+        return 0
+    for title, columns, cells, notes in bench_tables(rows):
+        console.table(columns, cells, title=title)
+        for note in notes:
+            console.out.print(f"  {note}", markup=False)
     return 0
 
 

@@ -46,7 +46,8 @@ MAX_COPIES = 64
 class Row:
     """One kernel of one provider. Times are per call of ``num_tokens`` tokens, nan where the gate failed.
 
-    ``sparsity``: share of exact zeros in x1 over the inputs used. ``gbps``: 1e9 bytes/s of what the provider has to
+    ``sparsity``: share of exact zeros in x1 over the inputs used. ``live_frac``: neurons that live for some token of a
+    call. ``gbps``: 1e9 bytes/s of what the provider has to
     read and write (weights once per call, dead rows not by the sparse one) at the median time. ``rel_err``: worst norm
     of the error over norm of the float64 reference. ``limit_speedup``: what moving fewer bytes than a dense kernel can
     give at most; None for dense providers. ``timer``: 'process_cpu' (one thread) or 'wall'.
@@ -59,6 +60,7 @@ class Row:
     num_tokens: int
     dtype: str
     sparsity: float
+    live_frac: float
     mask_source: str
     threads: int
     timer: str
@@ -155,7 +157,8 @@ def bench_layers(
         rows.append(
             Row(
                 kernel, provider, weight.shape[1], weight.shape[0], num_tokens,
-                dtype=str(weight.dtype).removeprefix("torch."), sparsity=shares.sparsity, mask_source=mask_source,
+                dtype=str(weight.dtype).removeprefix("torch."), sparsity=shares.sparsity,
+                live_frac=shares.live, mask_source=mask_source,
                 threads=threads, timer=timer, p20_us=p20, p50_us=p50, p80_us=p80, num_reps=len(result.us),
                 gbps=num_bytes / (p50 * 1e3), rel_err=result.rel_err, gate_passed=result.gate_passed,
                 limit_speedup=dense_bytes / num_bytes if provider in SPARSE else None,

@@ -23,10 +23,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("cpu.cpp", "cpu_batch.h", "cpu_token.h", "cpu_screen.h", "cpu_plan.h", "cpu_simd.h")
-)
+_HEADERS = ("decode", "cpu_predict", "cpu_batch", "cpu_token", "cpu_screen", "cpu_plan", "cpu_simd")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", *(f"{header}.h" for header in _HEADERS)))
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared")
 # From the best to the most portable: a compiler without OpenMP or without -march=native still gives right kernels.

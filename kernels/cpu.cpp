@@ -10,8 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu_batch.h"
-#include "cpu_token.h"
+#include "decode.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -44,14 +43,6 @@ inline int64_t in_batches(int64_t tokens, Use use) {
   int64_t total = 0;
   for (int64_t b = 0; b < tokens; b += kTokens) total += use(b, least(kTokens, tokens - b));
   return total;
-}
-
-bool all_finite(const float* x, int64_t n) {
-  Vec zeros = {};  // 0 * value is 0, save for an infinity or a NaN
-  int64_t k = 0;
-  for (; k + kLanes <= n; k += kLanes) zeros = zeros + load(x + k) * splat(0.0f);
-  if (k < n) zeros = zeros + load_part(x + k, n - k) * splat(0.0f);
-  return sum(zeros) == 0.0f;
 }
 
 }  // namespace
@@ -128,6 +119,14 @@ void psk_gemv(const void* W, const float* x, float* out, int64_t rows, int64_t D
   with_type(dtype, [&](auto tag) {
     gemv((const typename decltype(tag)::Type*)W, x, out, rows, D, num_threads);
     return 0;
+  });
+}
+
+// Tokens [n], n <= kTokens, of a whole model; see decode.h. The caller has checked that they and the positions exist.
+int64_t psk_decode(const Decoder* m, const int64_t* tokens, int64_t n, int64_t position, int64_t num_logits,
+                   int64_t* counts) {
+  return with_type(m->dtype, [&](auto tag) {
+    return decode<typename decltype(tag)::Type>(*m, tokens, n, position, num_logits, counts);
   });
 }
 

@@ -8,6 +8,7 @@ on whether dead rows are skipped. Calls hold the interpreter's lock: two Python 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -24,7 +25,7 @@ _CACHE_LINE_BYTES = 64
 _HUGE_PAGE_BYTES = 2 << 20
 
 
-class _Plan(ctypes.Structure):
+class Plan(ctypes.Structure):
     """What the kernels need to know of one FFN: ``struct Plan`` of cpu_plan.h."""
 
     _fields_ = [
@@ -72,12 +73,13 @@ class NativeLibrary:
         self.build = made
         handle = ctypes.PyDLL(str(made.path))
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        plan = ctypes.POINTER(_Plan)
+        plan = ctypes.POINTER(Plan)
         self.gate = _bind(handle, "psk_gate", integer, plan, pointer, pointer, real, integer)
         self.s2 = _bind(handle, "psk_s2", integer, plan, pointer, pointer, pointer, integer)
         self.s3 = _bind(handle, "psk_s3", None, plan, pointer, pointer, integer)
         self.ffn = _bind(handle, "psk_ffn", integer, plan, pointer, pointer, real, integer)
         self.gemv = _bind(handle, "psk_gemv", None, pointer, pointer, pointer, integer, integer, integer, integer)
+        self.decode = _bind(handle, "psk_decode", integer, pointer, pointer, integer, integer, integer, pointer)
         self.read = _bind(handle, "psk_read", real, pointer, integer, integer)
         self.huge_pages = _bind(handle, "psk_huge_pages", integer, pointer, integer)
         self.openmp = bool(_bind(handle, "psk_has_openmp", integer)())
@@ -159,23 +161,24 @@ def gemv(weight: Tensor, x: Tensor, out: Tensor | None = None, *, num_threads: i
     return out
 
 
-def pack(tensors: Sequence[Tensor]) -> list[Tensor]:
+def pack(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Contiguous copies, one after another in one block of memory for which huge pages are asked.
+
+    With a ``dtype`` every matrix (of two dimensions or more) is copied in that type, everything else as it is.
 
     Weights so packed are read 5-10 % faster (fewer address translations), by dense and sparse kernels alike. Where the
     system grants no huge pages, these are plain copies. They share one storage, freed with the last of them.
     """
-    starts, total = [], 0
-    for tensor in tensors:
-        starts.append(total)
-        total += -(-tensor.numel() * tensor.element_size() // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
+    types = [dtype if dtype is not None and tensor.ndim > 1 else tensor.dtype for tensor in tensors]
+    sizes = [tensor.numel() * kind.itemsize for tensor, kind in zip(tensors, types, strict=True)]
+    starts = list(itertools.accumulate((-(-n // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES for n in sizes), initial=0))
+    total = starts.pop()
     block = torch.empty(total + _HUGE_PAGE_BYTES, dtype=torch.uint8)
     offset = -block.data_ptr() % _HUGE_PAGE_BYTES
     load().huge_pages(block.data_ptr() + offset, -(-total // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES)
     packed = []
-    for tensor, start in zip(tensors, starts, strict=True):
-        num_bytes = tensor.numel() * tensor.element_size()
-        part = block[offset + start : offset + start + num_bytes].view(tensor.dtype).view(tensor.shape)
+    for tensor, kind, start, size in zip(tensors, types, starts, sizes, strict=True):
+        part = block[offset + start : offset + start + size].view(kind).view(tensor.shape)
         packed.append(part.copy_(tensor))
     return packed
 
@@ -208,7 +211,7 @@ class NativeFFN:
             torch.empty(self.d_ff),
             torch.zeros(2 * num_threads, dtype=torch.int64),
         )
-        plan = _Plan(
+        plan = Plan(
             *(weight.data_ptr() for weight in self.weights),
             d_ff=self.d_ff,
             d_model=self.d_model,

@@ -7,28 +7,34 @@ namespace prosparse {
 constexpr int64_t kGroup = 8;          // union rows worked on together, so that y and x are fetched once for several
 constexpr int64_t kColumns = 1024;     // of y at a time: a group's values of them stay in the nearest cache
 
-// s[b, i] = the gate of token b where kept, else 0, for rows i and i + 1 and tokens [0, tokens), at most B. What is
-// beyond `end` or `tokens` is computed as a copy of the last one and not written.
-template <class T, int B>
-inline void gate_block(const Plan& p, const float* x, int64_t tokens, int64_t i, int64_t end, float threshold,
-                       float* s) {
+// emit(row, token, dot(W[row], x[token])) for rows i and i + 1 and tokens [0, tokens), at most B. What is beyond `end` or
+// `tokens` is computed as a copy of the last one and not emitted.
+template <class T, int B, class Emit>
+inline void product_block(const T* W, const float* x, int64_t D, int64_t tokens, int64_t i, int64_t end, Emit emit) {
   const float* of[B];
-  for (int64_t b = 0; b < B; b++) of[b] = x + least(b, tokens - 1) * p.D;
-  const T* row[2] = {row_of<T>(p.w_gate, i, p.D), row_of<T>(p.w_gate, least(i + 1, end - 1), p.D)};
+  for (int64_t b = 0; b < B; b++) of[b] = x + least(b, tokens - 1) * D;
+  const T* row[2] = {W + i * D, W + least(i + 1, end - 1) * D};
   const T* ahead[2] = {row[0] + 2 * kAheadBytes / (int64_t)sizeof(T), row[1] + 2 * kAheadBytes / (int64_t)sizeof(T)};
-  float gate[2 * B];
-  dot_block<2, B, 2>(of, row, ahead, p.D, gate);
+  float dot[2 * B];
+  dot_block<2, B, 2>(of, row, ahead, D, dot);
   for (int64_t r = 0; r < least(2, end - i); r++)
-    for (int64_t b = 0; b < tokens; b++) s[b * p.F + i + r] = kept(gate[r * B + b], threshold) ? gate[r * B + b] : 0.0f;
+    for (int64_t b = 0; b < tokens; b++) emit(i + r, b, dot[r * B + b]);
+}
+// emit(row, token, dot(W[row], x[token])) for these rows and all tokens, x [tokens, D]
+template <class T, class Emit>
+void product_rows(const T* W, const float* x, int64_t D, int64_t tokens, Share rows, Emit emit) {
+  for (int64_t i = rows.begin; i < rows.end; i += 2)
+    for (int64_t first = 0; first < tokens; first += 4) {
+      const int64_t some = least(4, tokens - first);
+      const auto place = [&](int64_t row, int64_t b, float dot) { emit(row, first + b, dot); };
+      some > 2 ? product_block<T, 4>(W, x + first * D, D, some, i, rows.end, place)
+               : product_block<T, 2>(W, x + first * D, D, some, i, rows.end, place);
+    }
 }
 template <class T>
 void gate_share(const Plan& p, const float* x, int64_t tokens, Share rows, float threshold, float* s) {
-  for (int64_t i = rows.begin; i < rows.end; i += 2)
-    for (int64_t b = 0; b < tokens; b += 4) {
-      const int64_t some = least(4, tokens - b);
-      some > 2 ? gate_block<T, 4>(p, x + b * p.D, some, i, rows.end, threshold, s + b * p.F)
-               : gate_block<T, 2>(p, x + b * p.D, some, i, rows.end, threshold, s + b * p.F);
-    }
+  product_rows((const T*)p.w_gate, x, p.D, tokens, rows,
+               [&](int64_t i, int64_t b, float gate) { s[b * p.F + i] = kept(gate, threshold) ? gate : 0.0f; });
 }
 
 // The rows [begin, end) in which some token has a value, into this thread's list.

@@ -20,7 +20,7 @@ struct RowBound {  // of one gate row: see kernels/certified.py for what these b
   int32_t sum;
 };
 
-struct Plan {  // mirrored by kernels/cpu.py: _Plan
+struct Plan {  // mirrored by kernels/cpu.py: Plan
   const void *w_gate, *w_up, *w_down_t;
   int64_t F, D;
   int64_t num_threads;

@@ -113,6 +113,21 @@ inline bool may_live(const Plan& p, const ScreenedX& x, int64_t row, float thres
   return threshold > 0.0f ? !(most < threshold) : !(most <= 0.0);  // a bound that is not a number proves nothing
 }
 
+// emit(i, gate of row i) for those of the listed rows that are kept.
+template <class T, class Emit>
+inline void gates_of(const Plan& p, const T* Wg, const int32_t* rows, int64_t count, const float* x, float threshold,
+                     Emit emit) {
+  in_groups(count, [&](int64_t first, auto size) {
+    const T *row[kRows], *next[kRows];
+    float gate[kRows];
+    gather(Wg, rows, first, count, p.D, row);
+    gather(Wg, rows, first + size.value, count, p.D, next);
+    dot_rows<size.value, kRows>(x, row, next, p.D, gate);
+    for (int64_t r = 0; r < size.value; r++)
+      if (kept(gate[r], threshold)) emit(rows[first + r], gate[r]);
+  });
+}
+
 // emit(i, gate of row i), in row order, for the kept rows alone; returns how many gates were computed.
 template <class T, class Emit>
 int64_t screen_rows(const Plan& p, const ScreenedX& screened, const float* x, float threshold, Share rows, Emit emit) {
@@ -133,15 +148,7 @@ int64_t screen_rows(const Plan& p, const ScreenedX& screened, const float* x, fl
       for (int64_t byte = 0; byte < p.D * (int64_t)sizeof(T); byte += kLineBytes)
         __builtin_prefetch(row + byte, 0, 2);
     }
-    in_groups(count, [&](int64_t first, auto size) {
-      const T *row[kRows], *next[kRows];
-      float gate[kRows];
-      gather(Wg, survivor, first, count, p.D, row);
-      gather(Wg, survivor, first + size.value, count, p.D, next);
-      dot_rows<size.value, kRows>(x, row, next, p.D, gate);
-      for (int64_t r = 0; r < size.value; r++)
-        if (kept(gate[r], threshold)) emit(survivor[first + r], gate[r]);
-    });
+    gates_of(p, Wg, survivor, count, x, threshold, emit);
     num_exact += count;
   }
   num_exact += rows.end - i;

@@ -74,6 +74,13 @@ inline float sum(Vec v) {
     for (int64_t i = 0; i < half; i++) lane[i] += lane[i + half];
   return lane[0];
 }
+inline bool all_finite(const float* x, int64_t n) {
+  Vec zeros = {};  // 0 * value is 0, save for an infinity or a NaN
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) zeros = zeros + load(x + k) * splat(0.0f);
+  if (k < n) zeros = zeros + load_part(x + k, n - k) * splat(0.0f);
+  return sum(zeros) == 0.0f;
+}
 template <class T>
 inline void prefetch(const T* p) {  // the cache lines that one step of kStep values touches
   for (int64_t byte = 0; byte < kStep * (int64_t)sizeof(T); byte += kLineBytes)

@@ -120,9 +120,34 @@ void s3_token(const Plan& p, const float* x1, float* y) {
   });
 }
 
+// What follows the gate: this thread has listed `count` live rows of its share and computed `exact` gates for it.
+template <class T>
+inline void up_and_down(const Plan& p, const float* x, int64_t count, int64_t exact, int64_t t, int64_t threads,
+                        float* y) {
+  const T *Wu = (const T*)p.w_up, *Wd = (const T*)p.w_down_t;
+  const Share rows = share(p.F, t, threads);
+  p.live_count[t] = count;
+  p.live_count[p.num_threads + t] = exact;
+  barrier(threads);
+  const bool stream = streams(p, threads);
+  if (stream) {
+    const int32_t* row = p.live_row + rows.begin;
+    float* value = p.live_value + rows.begin;
+    int64_t place = 0;
+    stream_rows(x, Wu, rows.begin, rows.end, p.D, [&](int64_t i, float up) {
+      if (place < count && row[place] == i) value[place++] *= up;
+    });
+    barrier(threads);
+  }
+  sum_parts(p, y, p.D, p.stride, t, threads,
+            [&](const int32_t* live, const float* s, int64_t n, int64_t available, float* sum) {
+              stream ? down_list(Wd, live, s, n, available, p.D, sum)
+                     : up_down_list(x, Wu, Wd, live, s, n, available, p.D, sum);
+            });
+}
+
 template <class T>
 int64_t ffn_token(const Plan& p, const float* x, float* y, float threshold) {
-  const T *Wu = (const T*)p.w_up, *Wd = (const T*)p.w_down_t;
   std::memset(p.live_count, 0, 2 * p.num_threads * sizeof(int64_t));
   const ScreenedX screened = quantise(p, x);
   int64_t num_live = 0;
@@ -142,22 +167,7 @@ int64_t ffn_token(const Plan& p, const float* x, float* y, float threshold) {
         value[count] = gate;
         count += kept(gate, threshold);
       });
-    p.live_count[t] = count;
-    p.live_count[p.num_threads + t] = exact;
-    barrier(threads);
-    const bool stream = streams(p, threads);
-    if (stream) {
-      int64_t place = 0;
-      stream_rows(x, Wu, rows.begin, rows.end, p.D, [&](int64_t i, float up) {
-        if (place < count && row[place] == i) value[place++] *= up;
-      });
-      barrier(threads);
-    }
-    sum_parts(p, y, p.D, p.stride, t, threads,
-              [&](const int32_t* live, const float* s, int64_t n, int64_t available, float* sum) {
-                stream ? down_list(Wd, live, s, n, available, p.D, sum)
-                       : up_down_list(x, Wu, Wd, live, s, n, available, p.D, sum);
-              });
+    up_and_down<T>(p, x, count, exact, t, threads, y);
     if (t == 0) num_live = count_live(p, threads);
   });
   return num_live;

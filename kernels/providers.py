@@ -136,12 +136,18 @@ def random_case(
     w_gate, w_up, w_down_t = (torch.randn(d_ff, d_model, generator=generator) / d_model**0.5 for _ in range(3))
     w_gate[:, 0] += 8.0
     weights = FFNWeights(w_gate.to(dtype), w_up.to(dtype), w_down_t.to(dtype))
-    gates = (x.double() @ weights.w_gate.double().T).flatten().sort().values
+    return weights, x, threshold_for(x, weights.w_gate, sparsity)
+
+
+def threshold_for(x: Tensor, w_gate: Tensor, sparsity: float) -> float:
+    """The threshold that kills that share of the gates of all tokens together, midway between two gates.
+
+    The gates must all be positive for a share that small to be cut.
+    """
+    gates = (x.double() @ w_gate.double().T).flatten().sort().values
     num_dead = round(sparsity * gates.numel())
     if num_dead == 0:
-        threshold = float(gates[0]) / 2
-    elif num_dead == gates.numel():
-        threshold = float(gates[-1]) * 2
-    else:
-        threshold = float(gates[num_dead - 1] + gates[num_dead]) / 2
-    return weights, x, threshold
+        return float(gates[0]) / 2
+    if num_dead == gates.numel():
+        return float(gates[-1]) * 2
+    return float(gates[num_dead - 1] + gates[num_dead]) / 2

@@ -24,9 +24,9 @@ _already_said: set[str] = set()
 class SparseFFN(nn.Module):
     """``down(act(gate(x)) * up(x))`` with ReLU (threshold 0) or FATReLU (threshold > 0), skipping dead neurons.
 
-    ``w_gate`` and ``w_up`` are ``[F, D]``, ``w_down`` is nn.Linear's ``[D, F]``; they are detached, and down is copied
-    transposed unless the pick is dense torch. ``x`` is ``[..., D]`` of any float dtype on the weights' device; the
-    output has the dtype of ``x``.
+    ``w_gate`` and ``w_up`` are ``[F, D]``, ``w_down`` is nn.Linear's ``[D, F]``; they are detached. Native kernels get
+    copies of all three, packed in huge pages; else only down is copied, transposed, unless the pick is dense torch.
+    ``x`` is ``[..., D]`` of any float dtype on the weights' device; the output has the dtype of ``x``.
 
     Up to ``MAX_SPARSE_ROWS`` rows go to the picked implementation, more (prefill) to dense torch, as do inputs that
     need a gradient. ``implementation="auto"`` takes triton on a CUDA device and native on the CPU; where that one is
@@ -110,8 +110,12 @@ class SparseFFN(nn.Module):
             self.implementation = wanted
             self.why = "asked for" if self.asked != "auto" else f"best for {self.w_gate.device.type}"
         # Down is [F, D] either way; in memory dense torch wants rows of w_down, the others rows of its transpose.
-        is_dense = self.implementation == "dense"
-        self.w_down_t = self.w_down_t.t().contiguous().t() if is_dense else self.w_down_t.contiguous()
+        if self.implementation in ("native", "certified"):
+            self.w_gate, self.w_up, self.w_down_t = cpu.pack([self.w_gate, self.w_up, self.w_down_t])
+        elif self.implementation == "dense":
+            self.w_down_t = self.w_down_t.t().contiguous().t()
+        else:
+            self.w_down_t = self.w_down_t.contiguous()
         self._sparse = self._make(self.implementation)
 
     def _make(self, implementation: str) -> Callable[[Tensor], Tensor]:

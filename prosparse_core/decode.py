@@ -33,9 +33,13 @@ class GreedyDecoder:
         self.tokens: list[int] = []
         self._forward(prompt)
 
-    def step(self) -> float:
-        """Decode the next token; the seconds its forward pass and the choice took."""
-        last = torch.tensor([[self.tokens[-1]]], device=self.logits.device)
+    def step(self, token: int | None = None) -> float:
+        """Decode the next token; the seconds its forward pass and the choice took.
+
+        Args:
+            token: goes in instead of the newest one.
+        """
+        last = torch.tensor([[self.tokens[-1] if token is None else token]], device=self.logits.device)
         began = self._clock()
         self._forward(last)
         return self._clock() - began
@@ -76,7 +80,10 @@ def why_not_sparse(ffn: FFN) -> str | None:
     """What keeps an FFN, whatever its activation, from being computed from its active neurons alone; None: nothing."""
     if not ffn.family.is_gated:
         return f"an FFN without a gate (family {ffn.family.name}): sparse FFNs are gated"
-    return f"{' and '.join(ffn.biases)} with a bias: sparse FFNs know none" if ffn.biases else None
+    if ffn.biases:
+        return f"{' and '.join(ffn.biases)} with a bias: sparse FFNs know none"
+    hooked = [name for name, part in ffn.projections() if part._forward_hooks]  # such as the second ReLU of dReLU
+    return f"{' and '.join(hooked)} with a hook: sparse FFNs know none" if hooked else None
 
 
 class ExchangedFFNs:

@@ -183,12 +183,15 @@ class FFN:
         """[d_model, d_ff]."""
         return _weight(self.down)
 
+    def projections(self) -> list[tuple[str, nn.Module]]:
+        """Every projection with its role."""
+        names = ((role, getattr(self.family, role)) for role in ("gate", "up", "gate_up", "down"))
+        return [(role, self.module.get_submodule(name)) for role, name in names if name is not None]
+
     @property
     def biases(self) -> list[str]:
         """The projections with a bias, by their role."""
-        roles = ("gate", "up", "gate_up", "down")
-        names = {role: getattr(self.family, role) for role in roles if getattr(self.family, role) is not None}
-        return [r for r, n in names.items() if getattr(self.module.get_submodule(n), "bias", None) is not None]
+        return [role for role, projection in self.projections() if getattr(projection, "bias", None) is not None]
 
     def swap_activation(self, activation: nn.Module) -> None:
         """Give this FFN, and no other, a new activation."""

@@ -52,7 +52,7 @@ NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One tensor to come: its numpy shape, and how to get it when its turn is there."""
 
     name: str
@@ -99,8 +99,10 @@ def write_powerinfer(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
     try:
-        _add_keys(writer, config, vocabulary, name=name, dtype=dtype, sparse_threshold=sparse_threshold)
-        kinds = [_kind(item, dtype) for item in items]
+        d_ff = padded_neurons(int(config["intermediate_size"]))
+        add_model_keys(writer, config, vocabulary, name=name, dtype=dtype, d_ff=d_ff)
+        writer.add_float32(THRESHOLD_KEY, sparse_threshold)
+        kinds = [tensor_kind(item, dtype) for item in items]
         for item, kind in zip(items, kinds, strict=True):
             block, size = gguf.GGML_QUANT_SIZES[kind]
             num_bytes = int(np.prod(item.shape)) // block * size
@@ -109,7 +111,7 @@ def write_powerinfer(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for item, kind in zip(items, kinds, strict=True):
-            writer.write_tensor_data(_encode(item, kind))
+            writer.write_tensor_data(encode(item, kind))
         writer.close()
         with open(temporary, "r+b") as handle:
             handle.write(MAGIC)
@@ -122,7 +124,7 @@ def write_powerinfer(
     return vocabulary
 
 
-def refuse(config: Mapping[str, Any], dtype: Dtype = "f16") -> None:
+def refuse(config: Mapping[str, Any], dtype: Dtype = "f16", format_: str = "PowerInfer's format") -> None:
     """Say why a model does not fit the format.
 
     Raises:
@@ -150,9 +152,7 @@ def refuse(config: Mapping[str, Any], dtype: Dtype = "f16") -> None:
     }
     found = [reason for reason, applies in reasons.items() if applies]
     if found:
-        raise BadInput(
-            "PowerInfer's format has no place for " + "; ".join(found), hint="use prosparse export --to hf instead"
-        )
+        raise BadInput(f"{format_} has no place for " + "; ".join(found), hint="use prosparse export --to hf instead")
 
 
 def one_threshold(cutoffs: Sequence[float]) -> tuple[float, list[float]]:
@@ -209,16 +209,23 @@ class _Weights:
         return self._where[name].get_tensor(name).float()
 
 
-def _items(config: Mapping[str, Any], weights: _Weights, predictors: Sequence[LayerPredictor]) -> Iterator[_Item]:
+def dense_items(config: Mapping[str, Any], model_folder: Path) -> Iterator[Item]:
+    """Every tensor of an ordinary GGUF file of the model: no predictors, down as it is."""
+    return _items(config, _Weights(model_folder), None)
+
+
+def _items(config: Mapping[str, Any], weights: _Weights, predictors: Sequence[LayerPredictor] | None) -> Iterator[Item]:
     """Every tensor of the file, in its order."""
     d_model, heads, rows = int(config["hidden_size"]), int(config["num_attention_heads"]), int(config["vocab_size"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
-    kv_rows, d_ff = d_model // heads * kv_heads, padded_neurons(int(config["intermediate_size"]))
+    kv_rows, d_ff = d_model // heads * kv_heads, int(config["intermediate_size"])
+    if predictors is not None:
+        d_ff = padded_neurons(d_ff)
     embedding = "model.embed_tokens.weight"
     output = embedding if config.get("tie_word_embeddings") or "lm_head.weight" not in weights else "lm_head.weight"
 
-    def item(name: str, source: str, shape: tuple[int, ...], change: Callable[[Tensor], Tensor] | None = None) -> _Item:
-        return _Item(f"{name}.weight", shape, lambda: change(weights.get(source)) if change else weights.get(source))
+    def item(name: str, source: str, shape: tuple[int, ...], change: Callable[[Tensor], Tensor] | None = None) -> Item:
+        return Item(f"{name}.weight", shape, lambda: change(weights.get(source)) if change else weights.get(source))
 
     yield item("token_embd", embedding, (rows, d_model))
     yield item("output", output, (rows, d_model))
@@ -230,18 +237,22 @@ def _items(config: Mapping[str, Any], weights: _Weights, predictors: Sequence[La
         "ffn_up": lambda w: pad_rows(w, d_ff),
         "ffn_down_t": lambda w: pad_rows(w.T, d_ff),
     }
-    shapes = {"attn_k": (kv_rows, d_model), "attn_v": (kv_rows, d_model)}
-    for layer, predictor in enumerate(predictors):
+    shapes = {"attn_k": (kv_rows, d_model), "attn_v": (kv_rows, d_model), "ffn_down": (d_model, d_ff)}
+    for layer in range(int(config["num_hidden_layers"])):
         source, block = f"model.layers.{layer}", f"blk.{layer}"
         for name, norm in NORMS.items():
             yield item(f"{block}.{name}", f"{source}.{norm}.weight", (d_model,))
         for name, matrix in MATRICES.items():
+            name = name.removesuffix("_t") if predictors is None else name
             shape = shapes.get(name, (d_ff if name.startswith("ffn") else d_model, d_model))
             yield item(f"{block}.{name}", f"{source}.{matrix}.weight", shape, changes.get(name))
+        if predictors is None:
+            continue
+        predictor = predictors[layer]
         hidden = -(-predictor.hidden // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
         fc1, fc2 = predictor.fc1.weight.detach(), predictor.fc2.weight.detach()
-        yield _Item(f"{block}.fc1.weight", (hidden, d_model), lambda w=fc1, n=hidden: pad_rows(w, n))  # type: ignore[misc]
-        yield _Item(
+        yield Item(f"{block}.fc1.weight", (hidden, d_model), lambda w=fc1, n=hidden: pad_rows(w, n))  # type: ignore[misc]
+        yield Item(
             f"{block}.fc2.weight",
             (d_ff, hidden),
             lambda w=fc2, n=hidden: pad_rows(pad_rows(w.T, n).T, d_ff),  # type: ignore[misc]
@@ -264,7 +275,7 @@ def interleave(matrix: Tensor, heads: int) -> Tensor:
     return matrix.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(matrix.shape)
 
 
-def _kind(item: _Item, dtype: Dtype) -> Any:
+def tensor_kind(item: Item, dtype: Dtype) -> Any:
     from gguf import GGMLQuantizationType
 
     if len(item.shape) == 1:
@@ -272,7 +283,7 @@ def _kind(item: _Item, dtype: Dtype) -> Any:
     return GGMLQuantizationType.Q4_0 if dtype == "q4_0" and item.quantises else GGMLQuantizationType.F16
 
 
-def _encode(item: _Item, kind: Any) -> np.ndarray:
+def encode(item: Item, kind: Any) -> np.ndarray:
     from gguf import GGMLQuantizationType, quants
 
     tensor = item.load()
@@ -287,9 +298,10 @@ def _encode(item: _Item, kind: Any) -> np.ndarray:
     return values.astype(np.float16) if kind == GGMLQuantizationType.F16 else quants.quantize(values, kind)
 
 
-def _add_keys(
-    writer: Any, config: Mapping[str, Any], vocabulary: Vocabulary, *, name: str, dtype: Dtype, sparse_threshold: float
+def add_model_keys(
+    writer: Any, config: Mapping[str, Any], vocabulary: Vocabulary, *, name: str, dtype: Dtype, d_ff: int
 ) -> None:
+    """What GGUF says of any model of this architecture, PowerInfer's or not."""
     heads = int(config["num_attention_heads"])
     rope = config.get("rope_parameters") or {}
     writer.add_name(name)
@@ -297,13 +309,12 @@ def _add_keys(
     writer.add_context_length(int(config["max_position_embeddings"]))
     writer.add_embedding_length(int(config["hidden_size"]))
     writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(padded_neurons(int(config["intermediate_size"])))
+    writer.add_feed_forward_length(d_ff)
     writer.add_rope_dimension_count(int(config["hidden_size"]) // heads)
     writer.add_head_count(heads)
     writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
-    writer.add_float32(THRESHOLD_KEY, sparse_threshold)
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_token_list(list(vocabulary.tokens))
     writer.add_token_scores(list(vocabulary.scores))

@@ -209,6 +209,9 @@ class Speed(Section):
     threads: int = Field(default=1, gt=0)
     budget_s: float = Field(default=40.0, gt=0)
     decode_tokens: int = Field(default=48, gt=0)
+    raised_sparsity: float | None = Field(default=0.89, gt=0, lt=1)
+    """Decoding is also timed with thresholds raised until this share of the gates is dead, the paper's sparsity; only
+    to be compared with other engines: nothing else is measured with them. None: it is not."""
 
 
 SettingName = Literal[

@@ -198,10 +198,10 @@ def _of_ledger(name: str, home: Path) -> Target:
     if rows:
         row: dict[str, Any] = dict(rows[0])
         shift = row["shift"]
-        thresholds = row["thresholds"] and _artifact(ledger, home, row["thresholds"])
+        thresholds = row["thresholds"] and artifact_of(ledger, home, row["thresholds"])
         variant = Variant(
             row["setting"],
-            _artifact(ledger, home, row["checkpoint"]),
+            artifact_of(ledger, home, row["checkpoint"]),
             row["activation"],
             thresholds or None,
             shift=None if shift is None else float(shift),
@@ -209,7 +209,7 @@ def _of_ledger(name: str, home: Path) -> Target:
         return Target(Model(id=row["model"], source=name), row["setting"], row["activation"], variant=variant)
     if VARIANT_ID.match(name):
         raise BadInput(f"no variant {name!r} in the ledger", hint='prosparse query "FROM variants"')
-    artifact = _artifact(ledger, home, name)
+    artifact = artifact_of(ledger, home, name)
     if artifact.step == "export":
         return _of_folder(name, artifact.path / "hf")
     if artifact.step != "base_model":
@@ -219,7 +219,12 @@ def _of_ledger(name: str, home: Path) -> Target:
     return Target(Model(id=label, source=name), "original", "original", variant=variant)
 
 
-def _artifact(ledger: Ledger, home: Path, digest: str) -> Artifact:
+def artifact_of(ledger: Ledger, home: Path, digest: str) -> Artifact:
+    """The artifact of a digest or of its beginning.
+
+    Raises:
+        BadInput: there is none, there are several, or the store no longer has it.
+    """
     rows = ledger.query(
         f"SELECT DISTINCT digest, step, label, path FROM artifacts WHERE digest LIKE '{digest}%'"
     ).records()

@@ -6,50 +6,67 @@ session under equal conditions. What cannot be measured is None with a reason, n
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prosparse_core.errors import EnvironmentProblem
+from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
-from tasks.sparse_decode import Decoding, Report, time_decoding
+from tasks import llama_cpp_peer
+from tasks.decode_timing import RECORDED, Peers, raised_thresholds, time_ways
+from tasks.native_decode import runs_silu, supports
+from tasks.sparse_decode import time_decoding
+from tasks.speed_facts import Reporter
 from tasks.step import Run, Work, provenance
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from kernels.bench import FFNWeights, Row
+    from kernels.bench import FFNWeights
     from prosparse_core.recording import Recording
 
-VERSION = 2
-KERNELS = ("s2", "s3", "ffn")
+VERSION = 3
 BATCHES = (2, 4, 8)
 """Tokens at once, besides one: the whole FFN on the neurons that live for any of them."""
-RECORDED_SHARE, BATCH_SHARE, RANDOM_SHARE, DECODE_SHARE = 0.4, 0.1, 0.15, 0.35
+CURVE = (0.0, 0.5, 0.7, 0.8, 0.89, 0.95)
+"""Sparsities of random masks at which the whole FFN is timed."""
+RECORDED_SHARE, BATCH_SHARE, RANDOM_SHARE, CURVE_SHARE, DECODE_SHARE = 0.3, 0.1, 0.05, 0.05, 0.5
 """Of ``speed.budget_s``."""
 PROMPT_TOKENS = 32
 
 
-def speed(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
-    """The artifact whose meta holds the speed-ups of S2, S3, the whole FFN and decoding over dense torch, on the CPU.
+def speed(
+    run: Run,
+    variant: Variant,
+    corpora: Artifact,
+    *,
+    original: Variant | None = None,
+    predictors: Artifact | None = None,
+) -> Artifact:
+    """The artifact whose meta holds the speed-ups of S2, S3, the whole FFN and decoding over dense ones, on the CPU.
 
-    The machine is part of its identity: another CPU, or a compiler that was not there before, measures anew.
+    The machine is part of its identity: another CPU, or a compiler or an engine that was not there before, measures
+    anew.
+
+    Args:
+        original: the dense model, which other engines decode.
+        predictors: of this very variant; decoding with them is timed at each of their cutoffs.
     """
     section = run.recipe.speed
+    others = {"original": original.checkpoint if original else None, "predictors": predictors}
     return run.step(
         "speed",
         f"speed · {variant.setting}, {section.threads} thread" + ("s" if section.threads > 1 else ""),
-        lambda work: _build(work, run, variant, corpora),
+        lambda work: _build(work, run, variant, corpora, original, predictors),
         version=VERSION,
         config={
             "speed": section.model_dump(mode="json"),
             "variant": variant.identity,
             "cpu": provenance()["cpu"],
             "compiler": _has_compiler(),
+            "llama_cpp": llama_cpp_peer.version(),
         },
-        inputs={**variant.inputs, "corpora": corpora},
+        inputs={**variant.inputs, "corpora": corpora, **{k: v for k, v in others.items() if v is not None}},
     )
 
 
@@ -63,10 +80,11 @@ def _has_compiler() -> bool:
     return True
 
 
-def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
+def _build(
+    work: Work, run: Run, variant: Variant, corpora: Artifact, original: Variant | None, predictors: Artifact | None
+) -> None:
     from kernels import cpu
-    from kernels.bench import bench_layers
-    from kernels.measure import torch_threads
+    from kernels.measure import read_bandwidth_gbps, torch_threads
     from prosparse_core.decode import ffn_thresholds, why_not_sparse
     from prosparse_core.families import find_ffns
     from prosparse_core.mixing import Mixture
@@ -81,67 +99,170 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact) -> None:
         )
     model, tokenizer = load_variant(variant, "cpu")
     windows = list(held_out_windows(Mixture(corpora.path, run.recipe.seed), tokenizer))
-    report = _Reporter(work, run, variant, None if native else f"no native kernels: {native.why}")
+    prompts = [tokens[:, :PROMPT_TOKENS] for tokens in _first_of_each_corpus(windows)]
+    ceiling = read_bandwidth_gbps(section.threads, repeats=4) if native else None
+    report = Reporter(work, run, variant, None if native else f"no native kernels: {native.why}", ceiling)
+    if original is not None and original.id != variant.id:
+        work.fact("variants", **original.fact(run.recipe.model.id))
     if obstacle := why_not_sparse(find_ffns(model)[0]):
         recording = _record(model, windows, section.num_tokens)
         report.nothing(obstacle, sum(layer.sparsity for layer in recording.layers) / len(recording.layers))
         return
-    thresholds = ffn_thresholds(model)
+    sparsity = 0.0
     with torch_threads(section.threads):
-        recording = _record(model, windows, section.num_tokens)
-        weights, inputs = _weights(model), [layer.inputs for layer in recording.layers]
-        rows = bench_layers(
-            weights,
-            inputs,
-            thresholds,
-            mask_source="recorded",
-            threads=section.threads,
-            budget_s=RECORDED_SHARE * section.budget_s,
-            progress=report.part("kernels", 0.0, RECORDED_SHARE),
-        )
-        report.kernels(rows)
-        batches = [n for n in BATCHES if n <= min(len(x) for x in inputs)]
-        for i, num_tokens in enumerate(batches):
-            share = BATCH_SHARE / len(batches)
-            rows = bench_layers(
-                weights,
-                inputs,
-                thresholds,
-                mask_source="recorded",
-                kernels=("ffn",),
-                threads=section.threads,
-                num_tokens=num_tokens,
-                budget_s=share * section.budget_s,
-                progress=report.part(f"{num_tokens} tokens at once", RECORDED_SHARE + i * share, share),
-            )
-            report.kernels(rows)
-        if missing := set(BATCHES) - set(batches):
-            work.progress.note(f"not measured with {max(missing)} tokens at once: speed.num_tokens is too small")
-        if random := _random_inputs(weights, recording, run.recipe.seed):
-            random_rows = bench_layers(
-                weights,
-                *random,
-                mask_source="random",
-                threads=section.threads,
-                budget_s=RANDOM_SHARE * section.budget_s,
-                progress=report.part("random masks", RECORDED_SHARE + BATCH_SHARE, RANDOM_SHARE),
-            )
-            report.kernels(random_rows)
+        if runs_silu(model):
+            report.no_kernels("SiLU leaves no exact zeros to skip")
         else:
-            work.progress.note("no random masks: a layer is less than half sparse, which no threshold gives at random")
-        del weights, inputs
-        decoded = time_decoding(
-            model,
-            thresholds,
-            [tokens[:, :PROMPT_TOKENS] for tokens in _first_of_each_corpus(windows)],
-            num_new=section.decode_tokens,
-            threads=section.threads,
-            budget_s=DECODE_SHARE * section.budget_s,
-            progress=report.part("decode", RECORDED_SHARE + BATCH_SHARE + RANDOM_SHARE, DECODE_SHARE),
-        )
-    sparsity = sum(layer.sparsity for layer in recording.layers) / len(recording.layers)
-    report.decoding(model, decoded, sparsity)
+            recording = _record(model, windows, section.num_tokens)
+            sparsity = sum(layer.sparsity for layer in recording.layers) / len(recording.layers)
+            _time_kernels(work, run, model, recording, report)
+        share = DECODE_SHARE * section.budget_s
+        progress = report.part("decode", 1.0 - DECODE_SHARE, DECODE_SHARE)
+        if native and supports(_config(model).model_type) and _fits(model, 4):
+            _time_ways(work, run, model, prompts, sparsity, original, predictors, report, share, progress)
+        else:
+            decoded = time_decoding(
+                model,
+                ffn_thresholds(model),
+                prompts,
+                num_new=section.decode_tokens,
+                threads=section.threads,
+                budget_s=share,
+                progress=progress,
+            )
+            report.decoding(model, decoded, sparsity)
     report.finish()
+
+
+def _time_kernels(work: Work, run: Run, model: nn.Module, recording: Recording, report: Reporter) -> None:
+    """On the masks that the model itself makes, on random ones as sparse, and along a curve of random ones."""
+    import torch
+
+    from kernels.bench import bench_layers
+    from kernels.providers import random_case, threshold_for
+    from prosparse_core.decode import ffn_thresholds
+
+    section, thresholds = run.recipe.speed, ffn_thresholds(model)
+    weights, inputs = _weights(model), [layer.inputs for layer in recording.layers]
+    done = 0.0
+
+    def timed(
+        phase: str, share: float, layers: Any, x: Any, cuts: Any, is_synthetic: bool = False, **settings: Any
+    ) -> None:
+        nonlocal done
+        rows = bench_layers(
+            layers,
+            x,
+            cuts,
+            threads=section.threads,
+            budget_s=share * section.budget_s,
+            progress=report.part(phase, done, share),
+            **settings,
+        )
+        done += share
+        report.kernels(rows, decides=settings["mask_source"] == RECORDED, is_synthetic=is_synthetic)
+
+    timed("kernels", RECORDED_SHARE, weights, inputs, thresholds, mask_source=RECORDED)
+    batches = [n for n in BATCHES if n <= min(len(x) for x in inputs)]
+    for n in batches:
+        share = BATCH_SHARE / len(batches)
+        settings: dict[str, Any] = {"mask_source": RECORDED, "kernels": ("ffn",), "num_tokens": n}
+        timed(f"{n} tokens at once", share, weights, inputs, thresholds, **settings)
+    if missing := set(BATCHES) - set(batches):
+        work.progress.note(f"not measured with {max(missing)} tokens at once: speed.num_tokens is too small")
+    if random := _random_inputs(weights, recording, run.recipe.seed):
+        timed("random masks", RANDOM_SHARE, weights, *random, mask_source="random", kernels=("s2", "s3", "ffn"))
+    else:
+        work.progress.note("no random masks: a layer is less than half sparse, which no threshold gives at random")
+    d_ff, d_model = weights[0].w_gate.shape
+    layer, x, _ = random_case(d_model, d_ff, 0.0, torch.float32, run.recipe.seed)
+    for zeros in CURVE:
+        cuts = [threshold_for(x, layer.w_gate, zeros)]
+        phase, share = f"random masks, {zeros:.0%} zeros", CURVE_SHARE / len(CURVE)
+        timed(phase, share, [layer], [x], cuts, is_synthetic=True, mask_source="random", kernels=("ffn",))
+
+
+def _time_ways(
+    work: Work,
+    run: Run,
+    model: nn.Module,
+    prompts: Sequence[Tensor],
+    sparsity: float,
+    original: Variant | None,
+    predictors: Artifact | None,
+    report: Reporter,
+    budget_s: float,
+    progress: Any,
+) -> None:
+    """Every way to decode, in turns."""
+    from prosparse_core.decode import ffn_thresholds
+
+    section = run.recipe.speed
+    is_silu = runs_silu(model)
+    thresholds = [0.0] * _config(model).num_hidden_layers if is_silu else ffn_thresholds(model)
+    goal, raised, about = section.raised_sparsity, None, None
+    if goal is not None and not is_silu and sparsity < goal:
+        raised = raised_thresholds(model, thresholds, prompts[0], goal)
+        about = f"thresholds raised to {goal:.0%} of each layer's gates, for timing only"
+    elif goal is not None and not is_silu:
+        work.progress.note(f"no thresholds are raised: the model is {sparsity:.1%} sparse, {goal:.0%} were asked")
+    loaded, source, cutoffs = _load_predictors(predictors, model)
+    longest, config = max(p.shape[1] for p in prompts), _config(model)
+    num_new = min(section.decode_tokens, config.max_position_embeddings - longest)
+    if num_new < 1:
+        raise BadInput(
+            f"prompts of {longest} tokens leave nothing to decode: the model has {config.max_position_embeddings} "
+            "positions"
+        )
+    others, why = llama_cpp_peer.ways(original, work.folder, longest + num_new, section.threads)
+    if why is not None:
+        report.missing(llama_cpp_peer.PROVIDER, llama_cpp_peer.DTYPE, original.id if original else None, why)
+    sixteen = _sixteen(model) if _fits(model, 4 + 2) else None
+    if sixteen is None:
+        report.missing("native_dense", "float16", None, "the memory does not hold another copy of the weights")
+    peers = Peers(raised, sixteen, loaded, source, cutoffs, others)
+    ways = time_ways(
+        model,
+        thresholds,
+        prompts,
+        peers,
+        num_new=num_new,
+        threads=section.threads,
+        budget_s=budget_s,
+        progress=progress,
+    )
+    report.ways(model, ways, about, original.id if original else None)
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _fits(model: nn.Module, bytes_per_weight: int) -> bool:
+    """Whether the memory that is free now holds copies of so many bytes a weight, with room to spare."""
+    import psutil
+
+    needed = bytes_per_weight * sum(p.numel() for p in model.parameters())
+    return bool(1.2 * needed < psutil.virtual_memory().available)
+
+
+def _sixteen(model: nn.Module) -> Any:
+    """float16, what other engines store; bfloat16 for weights beyond its range."""
+    import torch
+
+    largest = max(float(p.detach().abs().max()) for p in model.parameters() if p.ndim > 1)
+    return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
+
+
+def _load_predictors(predictors: Artifact | None, model: nn.Module) -> tuple[list[Any], Any, list[float]]:
+    """(one predictor a layer, what they read, their cutoffs); nothing of all that without an artifact."""
+    if predictors is None:
+        return [], "post_norm", []
+    from prosparse_core.predictor import load
+
+    meta = predictors.meta()
+    layers = [load(predictors.path, i) for i in range(_config(model).num_hidden_layers)]
+    return layers, meta["input"], [entry["cutoff"] for entry in meta["per_cutoff"]]
 
 
 def _record(model: nn.Module, windows: Sequence[tuple[str, Tensor]], num_tokens: int) -> Recording:
@@ -187,152 +308,3 @@ def _random_inputs(
         inputs.append(x)
         thresholds.append(threshold)
     return inputs, thresholds
-
-
-class _Reporter:
-    """Turns measurements into facts, progress and the meta of the step."""
-
-    def __init__(self, work: Work, run: Run, variant: Variant, no_native: str | None) -> None:
-        machine = provenance()
-        self._work, self._no_native = work, no_native
-        self._columns = {"variant": variant.id, "cpu": machine["cpu"], "host": machine["host"], "device": "cpu"}
-        self._threads = run.recipe.speed.threads
-        self._speedup: dict[str, float | None] = dict.fromkeys((*KERNELS, "decode"))
-        self._over_own_dense: dict[str, float | None] = dict.fromkeys(KERNELS)
-        self._limit: dict[str, float | None] = dict.fromkeys((*KERNELS, "decode"))
-        self._certified: float | None = None
-        self._batches: dict[str, float | None] = {}
-        self._reasons: dict[str, str] = {}
-        self._failed: list[str] = []
-        self._sparsity = math.nan
-        self._implementation = "dense" if no_native else "native"
-        work.fact("variants", **variant.fact(run.recipe.model.id))
-        if no_native:
-            work.progress.note(f"{no_native}; only dense torch is timed")
-
-    def part(self, phase: str, start: float, share: float) -> Report:
-        def report(done: float, total: float) -> None:
-            self._work.progress.update(start + share * min(1.0, done / total), 1.0, phase=phase)
-
-        return report
-
-    def kernels(self, rows: Sequence[Row]) -> None:
-        """One fact per row; those of recorded masks also decide the speed-ups, of one token and of several."""
-        found = {(row.kernel, row.provider): row for row in rows}
-        for row in rows:
-            missing = row.provider != "torch" and self._no_native
-            note = missing or (None if row.gate_passed else "failed the correctness gate")
-            if note and not missing:
-                self._failed.append(
-                    f"{row.kernel} of {row.provider} ({row.mask_source} masks, {row.num_tokens} at once)"
-                )
-            self._work.fact("speed", **_finite(asdict(row)), **self._columns, cache="cold", note=note)
-        if rows[0].mask_source != "recorded":
-            return
-        if rows[0].num_tokens > 1:
-            self._batches[str(rows[0].num_tokens)] = _ratio(found["ffn", "torch"], found["ffn", "native"])
-            return
-        self._sparsity = rows[0].sparsity
-        self._certified = _ratio(found["ffn", "torch"], found["ffn", "certified"])
-        for kernel in KERNELS:
-            native = found[kernel, "native"]
-            self._limit[kernel] = _number(native.limit_speedup)
-            self._speedup[kernel] = _ratio(found[kernel, "torch"], native)
-            self._over_own_dense[kernel] = _ratio(found[kernel, "native_dense"], native)
-            if self._speedup[kernel] is None:
-                self._reasons[kernel] = self._no_native or "failed the correctness gate, or was not timed"
-
-    def decoding(self, model: nn.Module, found: Decoding, sparsity: float) -> None:
-        """Two facts, or one where there is no sparse implementation."""
-        from prosparse_core.decode import decode_speedup_limit
-
-        self._limit["decode"] = decode_speedup_limit(model, sparsity)
-        config: Any = model.config
-        conditions = {
-            "kernel": "decode",
-            "d_model": config.hidden_size,
-            "d_ff": config.intermediate_size,
-            "num_tokens": 1,
-            "dtype": "float32",
-            "sparsity": sparsity,
-            "mask_source": "recorded",
-            "threads": self._threads,
-            "timer": found.timer,
-            **self._columns,
-        }
-        dense, sparse = _quantiles_us(found.dense_s), _quantiles_us(found.sparse_s)
-        self._work.fact("speed", provider="transformers_dense", **conditions, **dense, gate_passed=True)
-        if self._no_native or found.implementation == "dense":
-            self._reasons["decode"] = self._no_native or found.why
-            return
-        if found.problem:
-            self._failed.append(f"decode: {found.problem}")
-            self._reasons["decode"] = found.problem
-            sparse = dict.fromkeys(sparse)
-        else:
-            self._speedup["decode"] = dense["p50_us"] / sparse["p50_us"]
-        self._work.fact(
-            "speed",
-            provider="transformers_sparse",
-            **conditions,
-            **sparse,
-            rel_err=_number(found.rel_err),
-            gate_passed=found.problem is None,
-            limit_speedup=self._limit["decode"],
-            note=found.problem or f"{found.implementation} kernels",
-        )
-
-    def nothing(self, obstacle: str, sparsity: float) -> None:
-        """No kernel computes such an FFN: every speed-up is n/a for this reason, which is no failure."""
-        self._work.progress.note(f"speed is n/a: {obstacle}")
-        self._reasons = dict.fromkeys((*KERNELS, "decode"), obstacle)
-        self._implementation, self._sparsity = "n/a", sparsity
-        self.finish()
-
-    def finish(self) -> None:
-        """``gate_passed``: nothing that ran disagreed with its reference; ``reasons``: why a speed-up is None.
-
-        ``speedup_certified`` is that of the FFN with a screened gate, ``speedup_batches`` that of the FFN by tokens.
-        """
-        for failure in self._failed:
-            self._work.progress.note(f"correctness gate failed: {failure}")
-        self._work.meta.update(
-            speedup=self._speedup,
-            speedup_over_own_dense=self._over_own_dense,
-            speedup_certified=self._certified,
-            speedup_batches=self._batches,
-            limit=self._limit,
-            implementation=self._implementation,
-            gate_passed=not self._failed,
-            reasons=self._reasons,
-            sparsity=_number(self._sparsity),
-            threads=self._threads,
-        )
-        self._work.progress.update(1.0, 1.0)
-
-
-def _quantiles_us(seconds: Sequence[float]) -> dict[str, Any]:
-    """Of one token; None without a measurement."""
-    import numpy as np
-
-    if not seconds:
-        return dict.fromkeys(("p20_us", "p50_us", "p80_us", "num_reps", "tokens_per_s"))
-    p20, p50, p80 = (1e6 * float(q) for q in np.percentile(seconds, [20, 50, 80]))
-    return {"p20_us": p20, "p50_us": p50, "p80_us": p80, "num_reps": len(seconds), "tokens_per_s": 1e6 / p50}
-
-
-def _ratio(baseline: Row, candidate: Row) -> float | None:
-    """How much faster the candidate is, if both passed the gate and were timed."""
-    times = (baseline.p50_us, candidate.p50_us)
-    if not (baseline.gate_passed and candidate.gate_passed and all(math.isfinite(t) and t > 0 for t in times)):
-        return None
-    return baseline.p50_us / candidate.p50_us
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _finite(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON and the ledger know no nan: what was not measured is None."""
-    return {k: _number(v) if isinstance(v, float) else v for k, v in columns.items()}

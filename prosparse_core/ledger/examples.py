@@ -72,6 +72,12 @@ EXAMPLES: list[tuple[str, str]] = [
         "avg(true_sparsity) AS true_sparsity FROM predictors GROUP BY ALL ORDER BY variant, cutoff",
     ),
     (
+        "When is a predictor worth its errors?",
+        "SELECT setting, provider, cutoff, recall, round(perplexity, 2) AS perplexity, "
+        "round(perplexity_increase_pct, 1) AS increase_pct, round(p50_us / 1000, 1) AS ms_per_token, "
+        "round(decode_over_dense, 2) AS decode_over_dense FROM decode_tradeoff ORDER BY setting, p50_us",
+    ),
+    (
         "What failed, and what is the way out?",
         "SELECT run_id, step, stage, error, hint, ended_at FROM steps WHERE status = 'failed' ORDER BY ended_at DESC",
     ),

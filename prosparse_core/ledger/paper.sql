@@ -147,7 +147,8 @@ CREATE VIEW paper_gap AS
     FROM (SELECT run_id, recipe, model, setting, variant, kernel, provider, baseline, dtype, threads, timer, device,
             median(speedup) AS speedup -- over layers
           FROM speedup
-          WHERE kernel IN ('s2', 's3', 'decode') AND variant IS NOT NULL AND mask_source IS DISTINCT FROM 'random'
+          WHERE kernel IN ('s2', 's3', 'decode') AND variant IS NOT NULL AND cutoff IS NULL
+            AND (mask_source IS NULL OR mask_source NOT IN ('random', 'raised'))
             AND baseline NOT IN ('dense', 'native_dense') AND coalesce(num_tokens, 1) = 1
           GROUP BY ALL)
     GROUP BY ALL),

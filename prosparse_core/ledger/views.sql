@@ -99,7 +99,7 @@ CREATE VIEW facts AS
     without_nulls(json_object('kernel', kernel, 'provider', provider, 'd_model', d_model, 'd_ff', d_ff,
       'num_tokens', num_tokens, 'dtype', dtype, 'sparsity', sparsity, 'mask_source', mask_source, 'layer', layer,
       'threads', threads, 'timer', timer, 'cache', cache, 'host', host, 'cpu', cpu, 'device', device,
-      'gate_passed', gate_passed, 'rel_err', rel_err, 'note', note)) AS conditions
+      'live_frac', live_frac, 'bandwidth_share', bandwidth_share, 'cutoff', cutoff, 'gate_passed', gate_passed, 'rel_err', rel_err, 'note', note)) AS conditions
   FROM speed,
     unnest([{name: 'p50_us', value: p50_us, unit: 'us'}, {name: 'gbps', value: gbps, unit: 'GB/s'},
             {name: 'tokens_per_s', value: tokens_per_s, unit: 'tokens/s'}]) u(m)
@@ -167,7 +167,7 @@ CREATE VIEW speedup AS
          b.provider AS baseline, k.sparsity, b.p50_us AS baseline_us, k.p50_us, b.p50_us / k.p50_us AS speedup,
          b.p20_us / k.p80_us AS speedup_low, b.p80_us / k.p20_us AS speedup_high, k.limit_speedup, k.d_model, k.d_ff,
          k.num_tokens, k.dtype, k.mask_source, k.layer, k.threads, k.timer, k.cache, k.host, k.cpu, k.device,
-         k.rel_err, k.artifact
+         k.rel_err, k.live_frac, k.bandwidth_share, k.cutoff, k.artifact
   FROM speed k JOIN run_artifacts r USING (artifact)
   JOIN speed b
     ON b.artifact = k.artifact AND b.kernel = k.kernel
@@ -182,6 +182,34 @@ CREATE VIEW speedup AS
 COMMENT ON VIEW speedup IS
   'Speedup over each dense baseline (torch, or our own dense kernel) of the same session under the very same '
   'conditions, and only for kernels that passed their correctness gate.';
+
+CREATE VIEW decode_tradeoff AS
+  WITH price AS (
+    SELECT artifact, variant, try_cast(regexp_extract(task, 'cutoff (.+)$', 1) AS DOUBLE) AS cutoff, value
+    FROM evaluations
+    WHERE metric = 'predicted_perplexity' AND (task = 'predictor/exact' OR task LIKE 'predictor/cutoff %')),
+  found AS (
+    SELECT artifact, variant, cutoff, avg(recall ORDER BY layer) AS recall,
+           avg(predicted_sparsity ORDER BY layer) AS predicted_sparsity
+    FROM predictors WHERE label_rule IS NULL OR label_rule NOT LIKE '%, against %' GROUP BY ALL)
+  SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.setting, k.variant, k.provider, k.dtype, k.cutoff,
+         f.recall, f.predicted_sparsity, k.live_frac, x.value AS perplexity,
+         100 * (x.value / e.value - 1) AS perplexity_increase_pct, k.p50_us, k.tokens_per_s,
+         d.p50_us / k.p50_us AS decode_over_dense, k.gate_passed, k.threads, k.timer, k.cpu, k.artifact
+  FROM speed k JOIN run_artifacts r USING (artifact)
+  LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (k.artifact, k.variant)
+  LEFT JOIN speed d
+    ON (d.artifact, d.variant, d.kernel, d.provider, d.dtype, d.mask_source)
+      = (k.artifact, k.variant, 'decode', 'native_dense', k.dtype, k.mask_source)
+  LEFT JOIN lineage l ON l.artifact = k.artifact AND l.role = 'predictors'
+  LEFT JOIN price x ON x.artifact = l.input AND x.variant = k.variant AND x.cutoff IS NOT DISTINCT FROM k.cutoff
+  LEFT JOIN price e ON e.artifact = l.input AND e.variant = k.variant AND e.cutoff IS NULL
+  LEFT JOIN found f ON f.artifact = l.input AND f.variant = k.variant AND f.cutoff = k.cutoff
+  WHERE k.kernel = 'decode' AND k.mask_source = 'recorded';
+COMMENT ON VIEW decode_tradeoff IS
+  'Perplexity beside decoding speed: dense, exact and certified loops, which compute the same, and a predictor at each '
+  'of its cutoffs, which does not. Perplexities are those that the timed predictors were measured with, of float32 '
+  'weights.';
 
 CREATE VIEW dropped AS
   SELECT artifact, path, bytes, happened_at, reason

@@ -12,6 +12,7 @@ from prosparse_core.report.grid import Grid
 from prosparse_core.report.plot import Plot
 from prosparse_core.report.plot_comparison import comparison
 from prosparse_core.report.plot_courses import courses
+from prosparse_core.report.plot_curve import curve
 from prosparse_core.report.plot_layers import layers
 from prosparse_core.report.plot_predictor import predictor
 from prosparse_core.report.plot_speed import speed
@@ -20,7 +21,7 @@ from prosparse_core.report.plot_tradeoff import tradeoff
 from prosparse_core.report.plot_training import training
 from prosparse_core.report.speed_rows import OWN, baseline_name, provider_name, why_refused
 
-PLOTS = (training, tradeoff, layers, survivors, predictor, speed)
+PLOTS = (training, tradeoff, layers, survivors, predictor, speed, curve)
 OF_A_COMPARISON = (comparison, courses)
 _HERE = Path(__file__).parent
 
@@ -67,6 +68,7 @@ def render(data: ReportData) -> str:
         predictors=tables_run.predictors(data),
         speedups=tables_speed.speedups(data),
         timings=tables_speed.timings(data),
+        decoding=tables_speed.decoding(data),
         stages=tables_run.stages(data),
         steps=tables_run.steps(data),
         machines=tables_run.machines(data),

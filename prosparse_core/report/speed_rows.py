@@ -22,7 +22,14 @@ BASELINES = {
     "native_dense": "our own dense kernel",
     "dense": "our own dense kernel",
 }
-PROVIDERS = {"transformers_sparse": "sparse FFNs"}
+PROVIDERS = {
+    "transformers_sparse": "sparse FFNs",
+    "transformers_dense": "transformers",
+    "native_exact": "our loop, exact",
+    "native_certified": "our loop, certified gate",
+    "native_predicted": "our loop, predicted neurons",
+    "llama_cpp": "llama.cpp",
+}
 OWN = ("native_dense", "dense")
 """Baselines of our own: what skipping gains by itself, apart from better code."""
 MOST_BARS = 24
@@ -37,6 +44,7 @@ CONDITIONS = {
     "cache": "{} cache",
     "device": "on {}",
     "cpu": "{}",
+    "cutoff": "cutoff {:g}",
 }
 
 
@@ -112,8 +120,8 @@ def own_conditions(row: Record, rows: list[Record]) -> list[str]:
 def bars(data: ReportData) -> tuple[list[Record], int]:
     """What is drawn, in order, and how many more rows there are.
 
-    The model's own masks rather than random ones, and S2, S3, FFN and decode, where there are such rows. ``state`` is
-    passed or refused.
+    The model's own masks rather than random ones, S2, S3, FFN and decode, and what computes the same as the baseline,
+    where there are such rows. ``state`` is passed or refused.
     """
     rows = [
         *({**r, "state": "passed"} for r in data["speedups"] if is_number(r["speedup"])),
@@ -124,6 +132,7 @@ def bars(data: ReportData) -> tuple[list[Record], int]:
         lambda r: r["setting"] is not None,
         lambda r: r["mask_source"] == "recorded",
         lambda r: r["kernel"] in MAIN,
+        lambda r: r["cutoff"] is None,
     ):
         chosen = [r for r in chosen if is_wanted(r)] or chosen
     return in_order(chosen)[:MOST_BARS], len(rows) - min(len(chosen), MOST_BARS)

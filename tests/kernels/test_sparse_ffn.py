@@ -114,6 +114,21 @@ def test_a_screened_gate_changes_no_bit(case, native):
         SparseFFN(wide, wide, wide.T, 0.0, "certified")
 
 
+@pytest.mark.parametrize("implementation", ["native", "certified", "reference", "dense"])
+def test_native_weights_lie_together_in_memory_of_their_own(case, native, implementation):
+    made = case(37, 65, torch.float32, 0.89)
+    w_gate, w_up, w_down_t = made.weights
+    module = SparseFFN(w_gate, w_up, w_down_t.T, made.threshold, implementation)
+    storages = {w.untyped_storage().data_ptr() for w in (module.w_gate, module.w_up, module.w_down_t)}
+    is_native = implementation in ("native", "certified")
+    assert (len(storages) == 1) == is_native
+    assert (module.w_gate.data_ptr() != w_gate.data_ptr()) == is_native
+    if is_native:
+        assert (module.w_up.data_ptr() - module.w_gate.data_ptr()) == -(-65 * 37 * 4 // 64) * 64
+        w_gate.zero_()
+        assert bool(module(made.x[:1]).any()), "the original may go"
+
+
 @pytest.mark.parametrize("implementation", ["auto", "certified"])
 def test_moving_casting_copying_and_editing_keep_it_right(case, error, native, implementation):
     module, made = make(case, implementation)

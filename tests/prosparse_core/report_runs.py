@@ -358,6 +358,11 @@ class Scribe:
                 for provider, p50 in zip(kernel_providers, (dense, 0.8 * dense, sparse), strict=True):
                     fact = self.timing(kernel, provider, p50, limit if provider == "native" else None)
                     facts.append({**fact, "mask_source": mask_source, "cache": "cold", "timer": "process_cpu"})
+        for sparsity, fast in ((0.5, 300.0), (0.9, 160.0)):
+            limit = 3 / (1 + 2 * (1 - sparsity))
+            for provider, p50 in (("torch", 430.0), ("native_dense", 344.0), ("native", fast)):
+                fact = self.timing("ffn", provider, p50, limit if provider == "native" else None)
+                facts.append({**fact, "variant": None, "mask_source": "random", "num_tokens": 1, "sparsity": sparsity})
         for provider, p50, most in (("transformers_dense", 21000.0, None), ("transformers_sparse", 16000.0, 1.54)):
             facts.append({**self.timing("decode", provider, p50, most), "num_tokens": 1, "tokens_per_s": 1e6 / p50})
         return facts

@@ -203,7 +203,7 @@ def test_results_hold_every_kind_with_units_and_conditions(home: Home) -> None:
         ("sparsity", "mean_abs_x1", "activation", num_corpora * num_variants),
         ("sparsity", "sparsity", "fraction", num_corpora * num_variants),
         ("speed", "gbps", "GB/s", 8),
-        ("speed", "p50_us", "us", 9),
+        ("speed", "p50_us", "us", 10),
         ("threshold", "sparsity", "fraction", len(THRESHOLDS) * (num_corpora + 1)),
         ("threshold", "token_perplexity", "perplexity", len(THRESHOLDS) * (num_corpora + 1)),
         ("training", "batch_sparsity", "fraction", 3),
