@@ -296,7 +296,7 @@ def test_the_machine_is_part_of_the_identity(base: Any, variant: Variant, monkey
         run, _ = base.run(speed=SECTION)
         run.planning = True
         payloads: list[Any] = []
-        monkeypatch.setattr(run, "_plan", lambda name, label, payload: payloads.append(payload))
+        monkeypatch.setattr(run, "_plan", lambda name, label, payload, *rest: payloads.append(payload))
         speed(run, variant, base.corpora)
         return payloads[0]
 
