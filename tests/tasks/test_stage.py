@@ -120,7 +120,8 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Any, tmp_path: Path) -
     assert sorted(hashes(alone)) == sorted(hashes(whole))
     for name in ("model/config.json", "model/generation_config.json", "model/tokenizer.json"):
         assert hashes(alone)[name] == hashes(whole)[name]
-    losses = [[json.loads(s)["lm_loss"] for s in open(a.path / "log.jsonl")] for a in (whole, alone)]  # noqa: SIM115
+    logs = [(a.path / "log.jsonl").read_text().splitlines() for a in (whole, alone)]
+    losses = [[json.loads(line)["lm_loss"] for line in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
