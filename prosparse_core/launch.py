@@ -7,6 +7,7 @@ A trainer that dies ends the others and fails the stage, not the flow; a flow th
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -166,19 +167,18 @@ def _fail(label: str, folder: Path, node: int, code: int) -> NoReturn:
     failures = folder / f"failures-{node}.json"
     ended = json.loads(failures.read_text(encoding="utf-8")) if failures.is_file() else []
     by_time = sorted(told.items(), key=lambda item: item[1]["at"])
-    for _, said in by_time:
-        kind = getattr(errors, said["type"], None)
-        if kind is not None:
-            raise kind(said["message"], hint=said["hint"])
-        if said["errno"] is not None:
-            raise OSError(said["errno"], said["message"])
     hint = "run the same command again: it goes on from its last checkpoint"
     killed = next((e for e in ended if e["signal"] not in (None, "SIGTERM") and e["rank"] not in told), None)
-    if killed is not None:
+    if killed is not None:  # what the others then say is only that they miss it
         rank, what = killed["rank"], f"was killed by {killed['signal']}"
         if killed["signal"] == "SIGKILL":
             hint += "; the kernel kills what exceeds the machine's memory (see train.micro_batch)"
     elif by_time:
+        for _, said in by_time:
+            if (kind := getattr(errors, said["type"], None)) is not None:
+                raise kind(said["message"], hint=said["hint"])
+            if said["errno"] == errno.ENOSPC:
+                raise OSError(said["errno"], said["message"])
         rank, what = by_time[0][0], f"failed: {by_time[0][1]['type']}: {by_time[0][1]['message']}"
     else:
         rank, what = None, f"ended with code {code}"

@@ -106,6 +106,7 @@ class Maker:
         with_mask = self._source.prompt is not None
         pack = pack_whole if with_mask else pack_texts
         name = f".{shard_name(self.name, number)}.{os.getpid()}"
+        max_chars = min(BATCH_CHARS, wanted * seq_len)  # no batch much larger than the shard it goes to
         count = 0
 
         def encoded() -> Iterator[Encoded]:
@@ -117,7 +118,7 @@ class Maker:
                         f"source {self.name!r} has fewer training tokens than one window of seq_len={seq_len}",
                         hint="add files or lower data.seq_len",
                     )
-                yield from self._encoder.encode([d for d in _batch(documents) if self._is_trained(d)])
+                yield from self._encoder.encode([d for d in _batch(documents, max_chars) if self._is_trained(d)])
 
         with Shard(self._scratch, name, seq_len, with_mask) as shard:
             for window in pack(encoded(), seq_len):
@@ -138,12 +139,12 @@ class Maker:
         return split_of(document.file) == "train" and document.key not in self._held_out
 
 
-def _batch(documents: Iterator[Document]) -> list[Document]:
+def _batch(documents: Iterator[Document], max_chars: int) -> list[Document]:
     """As many as make one call of the tokenizer; a function of the documents alone."""
     batch: list[Document] = []
     for document in documents:
         batch.append(document)
-        if len(batch) >= BATCH_DOCUMENTS or sum(len(d.text) for d in batch) >= BATCH_CHARS:
+        if len(batch) >= BATCH_DOCUMENTS or sum(len(d.text) for d in batch) >= max_chars:
             break
     return batch
 

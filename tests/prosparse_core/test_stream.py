@@ -140,7 +140,7 @@ def made(corpora: Path, name: str, folder: Path, num: int) -> list[tuple[int, to
 
 def test_a_stream_holds_every_training_document_and_no_held_out_one(corpora: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat=CHAT)
-    shards = made(corpora, "rows", tmp_path, 12)
+    shards = made(corpora, "rows", tmp_path, 24)
     text = "".join(tokenizer.decode(tokens.flatten()) for _, tokens, _ in shards)
     rows = [json.loads(s) for p in sorted((corpora.parents[2] / "rows").iterdir()) for s in p.read_text().splitlines()]
     mixture = Mixture(corpora, SEED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -26,18 +27,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 A_FLOW = """
-import json, sys
+import json, pickle, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import make_run
 from prosparse_core.recipe import parse
-from tasks.base_model import base_model
-from tasks.mixture import mixture
-from tasks.preflight import check
 from tasks.stage import train_stage
 run, _ = make_run(Path(sys.argv[2]), parse(json.loads(sys.argv[3])))
-dense = base_model(run)
-train_stage(run, run.recipe.train, 0, dense, mixture(run, dense), dense=dense)
+dense, corpora = pickle.loads(bytes.fromhex(sys.argv[4]))
+train_stage(run, run.recipe.train, 0, dense, corpora, dense=dense)
 """
 
 
@@ -97,8 +95,10 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Any, tmp_path: Path) -
     assert "goes on from its last checkpoint" in str(caught.value.hint)
     assert not trainers(os.getpid())
 
+    artifacts = pickle.dumps((base.dense, base.corpora)).hex()
+    arguments = [str(Path(__file__).parent), str(broken), json.dumps(recipe(base, **two)), artifacts]
     flow = subprocess.Popen(
-        [sys.executable, "-c", A_FLOW, str(Path(__file__).parent), str(broken), json.dumps(recipe(base, **two))],
+        [sys.executable, "-c", A_FLOW, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     work = broken / "store" / ".work"
@@ -120,7 +120,8 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Any, tmp_path: Path) -
     assert sorted(hashes(alone)) == sorted(hashes(whole))
     for name in ("model/config.json", "model/generation_config.json", "model/tokenizer.json"):
         assert hashes(alone)[name] == hashes(whole)[name]
-    losses = [[json.loads(s)["lm_loss"] for s in open(a.path / "log.jsonl")] for a in (whole, alone)]  # noqa: SIM115
+    logs = [(a.path / "log.jsonl").read_text().splitlines() for a in (whole, alone)]
+    losses = [[json.loads(line)["lm_loss"] for line in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
