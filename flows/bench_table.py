@@ -16,11 +16,13 @@ SELECT s.kernel, s.provider, s.dtype, s.num_tokens AS tokens, s.mask_source AS m
        round(s.limit_speedup, 3) AS "limit",
        (SELECT any_value(t.perplexity) FROM decode_tradeoff t
         WHERE (t.artifact, t.variant, t.provider, t.dtype) = (s.artifact, s.variant, s.provider, s.dtype)
-          AND t.cutoff IS NOT DISTINCT FROM s.cutoff AND s.mask_source = 'recorded') AS perplexity,
+          AND t.cutoff IS NOT DISTINCT FROM s.cutoff AND s.mask_source = 'recorded' AND s.kernel = 'decode')
+         AS perplexity,
        s.rel_err, s.gate_passed AS gate, s.threads, s.timer, s.cache, s.d_model, s.d_ff, s.variant, s.note
 FROM speed s JOIN run_artifacts r USING (artifact)
 WHERE r.run_id = '{run}'
-ORDER BY s.kernel = 'decode', s.variant IS NULL, s.kernel, s.num_tokens, s.mask_source, s.dtype DESC, s.sparsity,
+ORDER BY s.kernel = 'decode', s.variant IS NULL, s.kernel, s.num_tokens, s.mask_source = 'raised', s.mask_source,
+         s.dtype DESC, s.sparsity,
          s.cutoff NULLS FIRST, s.p50_us DESC
 """
 SAME = (
@@ -31,6 +33,8 @@ SAME = (
 TIMES = ("p20_us", "p50_us", "p80_us")
 ALWAYS = ("provider", *TIMES)
 """Columns that stay though all their values are one."""
+SAID_OF_MOST = ("d_model", "d_ff", "gate", "variant")
+"""Columns that are said once where all rows that have a value have the same one."""
 Rows = list[dict[str, Any]]
 
 
@@ -58,7 +62,7 @@ def _table(name: str, rows: Rows) -> tuple[str, list[str], list[list[Any]], list
         said = values - {None}
         if column == "note" or not said:
             continue
-        if len(values) == 1 and column not in ALWAYS:
+        if len(said if column in SAID_OF_MOST else values) == 1 and column not in ALWAYS:
             alike.append(f"{column} {said.pop()}")
         else:
             kept.append(column)

@@ -84,7 +84,7 @@ def _build(
     work: Work, run: Run, variant: Variant, corpora: Artifact, original: Variant | None, predictors: Artifact | None
 ) -> None:
     from kernels import cpu
-    from kernels.measure import read_bandwidth_gbps, torch_threads
+    from kernels.measure import torch_threads
     from prosparse_core.decode import ffn_thresholds, why_not_sparse
     from prosparse_core.families import find_ffns
     from prosparse_core.mixing import Mixture
@@ -100,8 +100,7 @@ def _build(
     model, tokenizer = load_variant(variant, "cpu")
     windows = list(held_out_windows(Mixture(corpora.path, run.recipe.seed), tokenizer))
     prompts = [tokens[:, :PROMPT_TOKENS] for tokens in _first_of_each_corpus(windows)]
-    ceiling = read_bandwidth_gbps(section.threads, repeats=4) if native else None
-    report = Reporter(work, run, variant, None if native else f"no native kernels: {native.why}", ceiling)
+    report = Reporter(work, run, variant, None if native else f"no native kernels: {native.why}")
     if original is not None and original.id != variant.id:
         work.fact("variants", **original.fact(run.recipe.model.id))
     if obstacle := why_not_sparse(find_ffns(model)[0]):

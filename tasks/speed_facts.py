@@ -25,11 +25,11 @@ Report = Callable[[float, float], None]
 class Reporter:
     """Turns measurements into facts, progress and the meta of the step."""
 
-    def __init__(
-        self, work: Work, run: Run, variant: Variant | None, no_native: str | None, ceiling_gbps: float | None
-    ) -> None:
+    def __init__(self, work: Work, run: Run, variant: Variant | None, no_native: str | None) -> None:
         machine = provenance()
-        self._work, self._no_native, self._ceiling = work, no_native, ceiling_gbps
+        self._work, self._no_native = work, no_native
+        self._facts: list[dict[str, Any]] = []
+        self._ceiling = None if no_native else read_ceiling(run.recipe.speed.threads)
         name = None if variant is None else variant.id
         self._columns = {"variant": name, "cpu": machine["cpu"], "host": machine["host"], "device": "cpu"}
         self._threads = run.recipe.speed.threads
@@ -69,10 +69,10 @@ class Reporter:
                 self._failed.append(
                     f"{row.kernel} of {row.provider} ({row.mask_source} masks, {row.num_tokens} at once)"
                 )
-            columns = {**asdict(row), "bandwidth_share": self._share(row.gbps), **self._columns}
+            columns = {**asdict(row), **self._columns}
             if is_synthetic:
                 columns["variant"] = None
-            self._work.fact("speed", **_finite(columns), cache="cold", note=note)
+            self._facts.append({**_finite(columns), "cache": "cold", "note": note})
         if not decides:
             return
         if rows[0].num_tokens > 1:
@@ -87,10 +87,6 @@ class Reporter:
             self._over_own_dense[kernel] = _ratio(found[kernel, "native_dense"], native)
             if self._speedup[kernel] is None:
                 self._reasons[kernel] = self._no_native or "failed the correctness gate, or was not timed"
-
-    def _share(self, gbps: float | None) -> float | None:
-        """Of the rate at which this machine was seen to read memory."""
-        return None if gbps is None or self._ceiling is None else gbps / self._ceiling
 
     def ways(self, model: nn.Module, ways: Sequence[Way], raised: str | None, original: str | None) -> None:
         """One fact for each way to decode; those of recorded masks in float32 decide the speed-up and its limit.
@@ -123,7 +119,6 @@ class Reporter:
                 "timer": timer,
                 **times,
                 "gbps": gbps,
-                "bandwidth_share": self._share(gbps),
                 "live_frac": statistics.fmean(way.live) if way.live else 1.0,
                 "rel_err": _number(way.rel_err),
                 "gate_passed": way.problem is None,
@@ -138,7 +133,7 @@ class Reporter:
                 fact.update(variant=original, limit_speedup=None)
             if way.problem:
                 self._failed.append(f"decode, {way.provider} of {way.dtype} ({way.mask_source} masks): {way.problem}")
-            self._work.fact("speed", **fact)
+            self._facts.append(fact)
             self._decode.append(self._summary(way, fact, own, ways))
         exact = next((d for d in self._decode if _is(d, "native_exact", "float32", RECORDED)), None)
         if exact is None:
@@ -160,7 +155,7 @@ class Reporter:
                 return None
             return statistics.median(baseline.seconds) / statistics.median(way.seconds)
 
-        kept = ("provider", "dtype", "mask_source", "cutoff", "sparsity", "live_frac", "gbps", "bandwidth_share")
+        kept = ("provider", "dtype", "mask_source", "cutoff", "sparsity", "live_frac", "gbps")
         return {
             **{name: fact[name] for name in kept},
             "ms": None if fact["p50_us"] is None else fact["p50_us"] / 1e3,
@@ -172,16 +167,18 @@ class Reporter:
 
     def missing(self, provider: str, dtype: str, variant: str | None, why: str) -> None:
         """What was to be timed and could not be."""
-        self._work.fact(
-            "speed",
-            **{**self._columns, "variant": variant},
-            kernel="decode",
-            provider=provider,
-            num_tokens=1,
-            dtype=dtype,
-            threads=self._threads,
-            timer="process_cpu" if self._threads == 1 else "wall",
-            note=f"n/a: {why}",
+        self._facts.append(
+            {
+                **self._columns,
+                "variant": variant,
+                "kernel": "decode",
+                "provider": provider,
+                "num_tokens": 1,
+                "dtype": dtype,
+                "threads": self._threads,
+                "timer": "process_cpu" if self._threads == 1 else "wall",
+                "note": f"n/a: {why}",
+            }
         )
 
     def no_kernels(self, why: str) -> None:
@@ -216,7 +213,7 @@ class Reporter:
             **self._columns,
         }
         dense, sparse = _quantiles_us(found.dense_s), _quantiles_us(found.sparse_s)
-        self._work.fact("speed", provider="transformers_dense", **conditions, **dense, gate_passed=True)
+        self._facts.append({"provider": "transformers_dense", **conditions, **dense, "gate_passed": True})
         if self._no_native or found.implementation == "dense":
             self._reasons["decode"] = self._no_native or found.why
             return
@@ -226,24 +223,33 @@ class Reporter:
             sparse = dict.fromkeys(sparse)
         else:
             self._speedup["decode"] = dense["p50_us"] / sparse["p50_us"]
-        self._work.fact(
-            "speed",
-            provider="transformers_sparse",
-            **conditions,
-            **sparse,
-            rel_err=_number(found.rel_err),
-            gate_passed=found.problem is None,
-            limit_speedup=self._limit["decode"],
-            note=found.problem or f"{found.implementation} kernels",
+        self._facts.append(
+            {
+                "provider": "transformers_sparse",
+                **conditions,
+                **sparse,
+                "rel_err": _number(found.rel_err),
+                "gate_passed": found.problem is None,
+                "limit_speedup": self._limit["decode"],
+                "note": found.problem or f"{found.implementation} kernels",
+            }
         )
 
     def finish(self) -> None:
-        """``gate_passed``: nothing that ran disagreed with its reference; ``reasons``: why a speed-up is None.
+        """Write the facts, as shares of the best rate at which memory was read before and after all of it.
+
+        ``gate_passed``: nothing that ran disagreed with its reference; ``reasons``: why a speed-up is None.
 
         ``speedup_certified`` is that of the FFN with a screened gate, ``speedup_batches`` that of the FFN by tokens.
         ``speedup`` of ``decode`` is that of the exact native loop over the same loop dense (where the native decoder
         does not know the architecture, of sparse FFNs in transformers over dense ones); ``decode`` has every way.
         """
+        if self._ceiling is not None:
+            self._ceiling = max(self._ceiling, read_ceiling(self._threads))
+        for fact in self._facts:
+            gbps = fact.get("gbps")
+            share = None if gbps is None or self._ceiling is None else gbps / self._ceiling
+            self._work.fact("speed", **fact, bandwidth_share=share)
         for failure in self._failed:
             self._work.progress.note(f"correctness gate failed: {failure}")
         self._work.meta.update(
@@ -261,6 +267,13 @@ class Reporter:
             threads=self._threads,
         )
         self._work.progress.update(1.0, 1.0)
+
+
+def read_ceiling(threads: int) -> float:
+    """The rate at which this machine reads memory now, in 1e9 bytes/s."""
+    from kernels.measure import read_bandwidth_gbps
+
+    return read_bandwidth_gbps(threads, repeats=4)
 
 
 def _is(summary: Mapping[str, Any], provider: str, dtype: str, mask_source: str) -> bool:

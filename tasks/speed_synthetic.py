@@ -70,7 +70,7 @@ def _build(work: Work, run: Run, synthetic: Synthetic) -> None:
 
     from kernels import cpu
     from kernels.bench import bench_layers, random_case
-    from kernels.measure import read_bandwidth_gbps, torch_threads
+    from kernels.measure import torch_threads
 
     section = run.recipe.speed
     native = cpu.available()
@@ -78,8 +78,7 @@ def _build(work: Work, run: Run, synthetic: Synthetic) -> None:
         raise EnvironmentProblem(
             f"{section.threads} threads: this machine's compiler has no OpenMP", hint="use --threads 1"
         )
-    ceiling = read_bandwidth_gbps(section.threads) if native else None
-    report = Reporter(work, run, None, None if native else f"no native kernels: {native.why}", ceiling)
+    report = Reporter(work, run, None, None if native else f"no native kernels: {native.why}")
     dtype: torch.dtype = getattr(torch, DTYPES[synthetic.dtype])
     work.progress.update(0, 1, phase="random weights")
     weights, x, threshold = random_case(

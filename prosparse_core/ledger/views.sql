@@ -202,14 +202,16 @@ CREATE VIEW decode_tradeoff AS
     ON (d.artifact, d.variant, d.kernel, d.provider, d.dtype, d.mask_source)
       = (k.artifact, k.variant, 'decode', 'native_dense', k.dtype, k.mask_source)
   LEFT JOIN lineage l ON l.artifact = k.artifact AND l.role = 'predictors'
-  LEFT JOIN price x ON x.artifact = l.input AND x.variant = k.variant AND x.cutoff IS NOT DISTINCT FROM k.cutoff
+  LEFT JOIN price x
+    ON x.artifact = l.input AND x.variant = k.variant AND x.cutoff IS NOT DISTINCT FROM k.cutoff
+    AND k.dtype IN ('float32', 'fp32')
   LEFT JOIN price e ON e.artifact = l.input AND e.variant = k.variant AND e.cutoff IS NULL
   LEFT JOIN found f ON f.artifact = l.input AND f.variant = k.variant AND f.cutoff = k.cutoff
   WHERE k.kernel = 'decode' AND k.mask_source = 'recorded';
 COMMENT ON VIEW decode_tradeoff IS
   'Perplexity beside decoding speed: dense, exact and certified loops, which compute the same, and a predictor at each '
   'of its cutoffs, which does not. Perplexities are those that the timed predictors were measured with, of float32 '
-  'weights.';
+  'weights; of others they are not known.';
 
 CREATE VIEW dropped AS
   SELECT artifact, path, bytes, happened_at, reason

@@ -308,7 +308,7 @@ def test_matplotlib_is_left_as_it_was(told: Any) -> None:
 def test_one_csv_per_plot_with_every_row(told: Any, tmp_path: Path) -> None:
     ledger, story, data = told("whole")
     paths = write_data(data, tmp_path / "data")
-    assert [p.stem for p in paths] == ["training", "tradeoff", "layers", "survivors", "predictor", "speed"]
+    assert [p.stem for p in paths] == ["training", "tradeoff", "layers", "survivors", "predictor", "speed", "curve"]
     with open(paths[0], encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     sql = f"SELECT step, lm_loss FROM loss_curve WHERE run_id = '{story.run_id}' ORDER BY step"
