@@ -13,7 +13,7 @@ def shape_of(model: Model) -> Shape | None:
     if model.shape is not None:
         return model.shape
     c = model.config
-    family = family_of(model.source.removeprefix("random:"))
+    family = model.family or family_of({"model_type": model.source.removeprefix("random:")})
     try:
         return Shape(
             num_layers=c["num_hidden_layers"],
@@ -24,7 +24,7 @@ def shape_of(model: Model) -> Shape | None:
             num_kv_heads=c.get("num_key_value_heads", c["num_attention_heads"]),
             head_dim=c.get("head_dim"),
             tied=c.get("tie_word_embeddings", False),
-            gated=family is None or family.gate is not None,
+            gated=family is None or family.is_gated,
         )
     except KeyError:
         return None

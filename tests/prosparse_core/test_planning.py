@@ -15,6 +15,7 @@ from prosparse_core import planning
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.hardware import DEVICES, GPUS, find_device
+from prosparse_core.loss import next_token_loss
 from prosparse_core.planning_layout import Asked, lay_out
 from prosparse_core.planning_memory import layer_bytes
 from prosparse_core.precision import autocast
@@ -23,7 +24,6 @@ from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.shapes import Weights
 from prosparse_core.substitute import use_relu
-from prosparse_core.training import next_token_loss
 
 SHAPE = Shape(num_layers=3, d_model=96, d_ff=250, vocab_size=512, num_heads=6, num_kv_heads=2)
 NAMES = {
