@@ -27,7 +27,7 @@ class _Candidate:
     matrices: Mapping[str, tuple[int, int]]
     """[outputs, inputs] of the projections among its children."""
     other: Mapping[str, str]
-    """Its children without weights, by class: one of them is the activation."""
+    """Its children without weights, or called so, by class: one of them is the activation."""
 
 
 def describe(config: Any, model: nn.Module | None = None) -> tuple[str, str]:
@@ -67,7 +67,7 @@ def _candidates(model: nn.Module | None) -> list[_Candidate]:
             other = {
                 n: type(m).__name__
                 for n, m in module.named_children()
-                if not list(m.parameters()) and type(m).__name__ not in DROPPED_OUT
+                if (not list(m.parameters()) or "act" in n) and type(m).__name__ not in DROPPED_OUT
             }
             found.append(_Candidate(path, matrices, other))
     return found
