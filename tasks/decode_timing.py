@@ -201,6 +201,7 @@ class _Field:
         """One token through every way; who begins changes from round to round."""
         token = self._chosen.tokens[-1]
         found: dict[tuple[str, str, str | None], Tensor] = {}
+        elsewhere: list[tuple[Way, Tensor]] = []
         turns = [way for way in self.ways if not way.problem and number % way.every == 0]
         first = number % len(turns)
         for way in turns[first:] + turns[:first]:
@@ -213,11 +214,17 @@ class _Field:
             if way.decoder is not None:
                 way.live.append(way.decoder.live_share)
                 way.bytes_read.append(way.decoder.bytes_read)
-            if way.begin is None and way.cutoff is None:
+            if way.begin is not None:
+                elsewhere.append((way, logits))
+            elif way.cutoff is None:
                 found[way.provider, way.dtype, way.mask_source] = logits
         for way in turns:
             if way.begin is None and way.decoder is not None and way.cutoff is None:
                 self._judge(way, found)
+        own = next((logits for way, logits in elsewhere if way.decoder is not None), None)
+        for way, logits in elsewhere:
+            if own is not None and way.decoder is None:
+                way.errors.append(relative_error(logits, own))
 
     def _judge(self, way: Way, found: dict[tuple[str, str, str | None], Tensor]) -> None:
         import torch
@@ -242,7 +249,8 @@ class _Field:
                 continue
             way.rel_err = statistics.median(way.errors)
             if way.rel_err > TYPICAL_TOLERANCE[way.dtype]:
-                way.problem = f"its logits differ from transformers' by {way.rel_err:.2g} relative in the median token"
+                other = "transformers'" if way.begin is None else "those of our loop on the same weights"
+                way.problem = f"its logits differ from {other} by {way.rel_err:.2g} relative in the median token"
         return self.ways
 
     def _check_without_jumps(self, way: Way, tokens: Tensor) -> None:
