@@ -166,7 +166,7 @@ class Store:
             files = [f for f in read_record(folder)["files"] if f["path"] == part or f["path"].startswith(f"{part}/")]
             here = [f for f in files if (folder / f["path"]).is_file()]
             if new := [f for f in files if f["path"] not in gone]:
-                entry = {"dropped_at": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
+                entry = {"dropped_at": datetime.now(UTC).isoformat(timespec="microseconds"), "reason": reason}
                 write_json(folder / DROPPED, gone | {f["path"]: {"bytes": f["bytes"], **entry} for f in new})
             for file in here:
                 (folder / file["path"]).unlink()

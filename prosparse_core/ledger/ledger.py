@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _reading = threading.Lock()
+_READS = 5
+"""Of a snapshot that a writer replaces again and again while it is opened."""
 """duckdb shares one instance per path within a process: a second reader would see the first one's older snapshot."""
 _DIED = "process died"
 _READER_CONFIG: dict[str, str | bool | int | float | list[str]] = {
@@ -190,15 +192,24 @@ class Ledger:
         """
         import duckdb
 
-        try:
-            with _reading, self._snapshot() as con:
-                cursor = con.execute(sql)
-                if cursor is None or cursor.description is None:
-                    raise BadInput("there is no statement to run", hint='for example: "FROM leaderboard"')
-                described = cursor.description
-                rows = cursor.fetchall()
-        except duckdb.Error as error:
-            raise _refused(error, self.path) from error
+        for attempt in range(_READS):
+            before = _file(self.path)
+            try:
+                return self._ask(sql)
+            except duckdb.Error as error:
+                # DuckDB opens a file more than once: one that was replaced in between does not fit together.
+                was_replaced = isinstance(error, duckdb.IOException) and _file(self.path) != before
+                if attempt == _READS - 1 or not was_replaced:
+                    raise _refused(error, self.path) from error
+        raise AssertionError("unreachable")
+
+    def _ask(self, sql: str) -> Table:
+        with _reading, self._snapshot() as con:
+            cursor = con.execute(sql)
+            if cursor is None or cursor.description is None:
+                raise BadInput("there is no statement to run", hint='for example: "FROM leaderboard"')
+            described = cursor.description
+            rows = cursor.fetchall()
         return Table([c[0] for c in described], rows, [str(c[1]) for c in described])
 
     @contextlib.contextmanager
@@ -275,3 +286,12 @@ def _refused(error: Exception, path: Path) -> ProSparseError:
     if isinstance(error, duckdb.IOException | duckdb.InternalException | duckdb.FatalException):
         return EnvironmentProblem(f"{path} cannot be read: {text}", hint=f"delete {path}; it is published anew")
     return BadInput(text, hint='"SHOW TABLES" lists what there is; "DESCRIBE results" its columns')
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Which file is at this place now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

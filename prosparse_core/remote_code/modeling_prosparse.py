@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -27,10 +29,16 @@ class FATReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.threshold == 0:
             return torch.relu(x)
-        return torch.where(x >= self.threshold, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return nn.functional.threshold(x, below(self.threshold, x.dtype), 0.0)
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
+
+
+@functools.cache
+def below(threshold: float, dtype: torch.dtype) -> float:
+    """The largest number of a precision that is less than the threshold in that precision: torch's own is strict."""
+    return float(torch.nextafter(torch.tensor(threshold, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)))
 
 
 def rename_as_the_base_does() -> None:

@@ -92,6 +92,34 @@ def test_four_writers_and_two_readers(tmp_path: Path) -> None:
     assert rows == [(f"w{i}", count, count) for i in range(4)]
 
 
+def test_a_snapshot_replaced_while_it_is_opened_is_read_again(ledger: Ledger, monkeypatch: Any) -> None:
+    start_run(ledger, "before")
+    real, failures = ledger._ask, iter([True, True, False])
+
+    def ask_while_a_writer_publishes(sql: str) -> Any:
+        if next(failures):
+            start_run(ledger, "meanwhile" + str(ledger.path.stat().st_mtime_ns))
+            raise duckdb.IOException("Could not read enough bytes")
+        return real(sql)
+
+    monkeypatch.setattr(ledger, "_ask", ask_while_a_writer_publishes)
+    assert ledger.query("SELECT count(*) FROM runs").rows == [(3,)]
+
+
+def test_a_snapshot_that_stays_unreadable_is_said_at_once(ledger: Ledger, monkeypatch: Any) -> None:
+    start_run(ledger, "before")
+    asked = []
+
+    def fail(sql: str) -> Any:
+        asked.append(sql)
+        raise duckdb.IOException("Could not read enough bytes")
+
+    monkeypatch.setattr(ledger, "_ask", fail)
+    with pytest.raises(EnvironmentProblem, match="Could not read enough bytes"):
+        ledger.query("SELECT 1")
+    assert len(asked) == 1
+
+
 def test_kill_9_in_the_middle_of_writing_loses_no_acknowledged_row(tmp_path: Path, warnings: Any) -> None:
     ledger, chance, acknowledged = Ledger(tmp_path), random.Random(7), set()
     start_run(ledger, "before")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +17,8 @@ from tiny_tokenizers import tiny_tokenizer
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
-from prosparse_core.predictor import train
 from prosparse_core.predictor_input import norm_before
 from prosparse_core.recording import (
-    LayerRecording,
-    _map,
     calibration_windows,
     held_out_windows,
     open_recording,
@@ -212,25 +211,37 @@ def test_a_full_disk_is_said_before_a_page_is_touched(tmp_path: Path, monkeypatc
         record(tiny(), [tokens()], num_tokens=32, precision="fp32", folder=tmp_path / "r")
 
 
+TRAIN_FROM_FILES = """
+import sys
+from pathlib import Path
+import torch
+from prosparse_core.predictor import train
+from prosparse_core.recording import LayerRecording, _map
+
+def anonymous_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) / 1024
+
+num_tokens, d_model, d_ff, folder = 16_384, 2048, 64, Path(sys.argv[1])
+settings = {"hidden": 4, "epochs": 1, "batch_size": 256, "lr": 1e-3, "seed": 0}
+few = LayerRecording(0, d_ff, torch.zeros(512, d_model).bfloat16(), torch.zeros(512, d_ff // 8, dtype=torch.uint8))
+train(few, **settings)  # what training itself needs is taken now
+before = anonymous_mib()
+inputs = _map(folder, 0, "inputs", (num_tokens, d_model), torch.bfloat16)
+active = _map(folder, 0, "active", (num_tokens, d_ff // 8), torch.uint8)
+for start in range(0, num_tokens, 512):
+    inputs[start : start + 512] = torch.randn(512, d_model)
+train(LayerRecording(0, d_ff, inputs, active), **settings)
+print(anonymous_mib() - before)
+"""
+
+
 def test_training_from_files_takes_the_memory_of_a_batch(tmp_path: Path) -> None:
-    """64 MB of inputs: anonymous memory, what no file stands for, grows by far less."""
-    num_tokens, d_model, d_ff = 16_384, 2048, 64
-
-    def anonymous_mib() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) / 1024
-
-    settings: dict[str, Any] = {"hidden": 4, "epochs": 1, "batch_size": 256, "lr": 1e-3, "seed": 0}
-    few = LayerRecording(0, d_ff, torch.zeros(512, d_model).bfloat16(), torch.zeros(512, d_ff // 8, dtype=torch.uint8))
-    train(few, **settings)  # what training itself needs is taken now
-    before = anonymous_mib()
-    inputs = _map(tmp_path, 0, "inputs", (num_tokens, d_model), torch.bfloat16)
-    active = _map(tmp_path, 0, "active", (num_tokens, d_ff // 8), torch.uint8)
-    for start in range(0, num_tokens, 512):
-        inputs[start : start + 512] = torch.randn(512, d_model)
-    train(LayerRecording(0, d_ff, inputs, active), **settings)
+    """64 MB of inputs: anonymous memory, what no file stands for, grows by far less; in a process of its own."""
+    command = [sys.executable, "-c", TRAIN_FROM_FILES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (tmp_path / "layer_0.inputs").stat().st_size == 64 * 2**20
-    assert anonymous_mib() - before < 32
+    assert float(done.stdout) < 32
 
 
 def test_calibration_windows_take_turns() -> None:

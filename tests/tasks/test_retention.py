@@ -26,8 +26,9 @@ STAGES = [{"until_step": 1, "l1": 0}, {"until_step": 2, "l1": 0.1}, {"until_step
 
 @pytest.fixture
 def home(base: Any, tmp_path: Path) -> Any:
-    """A copy of the base's home, for what a test takes away from it."""
-    shutil.copytree(base.home / "store", tmp_path / "store")
+    """A home with the base's two artifacts, and not with what other tests made of them."""
+    for artifact in (base.dense, base.corpora):
+        shutil.copytree(artifact.path, tmp_path / artifact.path.relative_to(base.home))
     return tmp_path
 
 
