@@ -72,6 +72,15 @@ def test_two_processes_equal_one_step_by_step(mode: str, ranks: list[dict[str, A
     assert_equal_steps(ranks[0][mode], alone, rel=3e-3 if "bf16" in mode else 1e-5)
 
 
+def test_one_process_that_passes_the_same_halves_is_equal_to_the_bit(
+    ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Doubling and halving are exact: what rounding differs by is how large a batch a product sums over."""
+    alone, _ = train(tmp_path, "ddp-halves")
+    for a, b in zip(ranks[0]["ddp-halves"], alone, strict=True):
+        assert {n: a[n] for n in ("l1", "sparsity", "grad_norm")} == {n: b[n] for n in ("l1", "sparsity", "grad_norm")}
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_the_number_of_processes_may_change_on_resume(
     mode: str, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path

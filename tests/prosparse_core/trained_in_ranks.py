@@ -28,7 +28,15 @@ from prosparse_core.recipe_train import Distill, Stage, Train
 from prosparse_core.substitute import use_relu
 
 STEPS = 8
-MODES = ("ddp", "ddp-micro-checkpointing", "ddp-distill", "fsdp", "fsdp-micro-checkpointing-bf16", "fsdp-frozen-tied")
+MODES = (
+    "ddp",
+    "ddp-halves",
+    "ddp-micro-checkpointing",
+    "ddp-distill",
+    "fsdp",
+    "fsdp-micro-checkpointing-bf16",
+    "fsdp-frozen-tied",
+)
 
 
 class CountedMixture:
@@ -71,7 +79,7 @@ def recipe(mode: str) -> Train:
     distill = Distill(weight=0.5) if "distill" in mode else None
     return Train(
         tokens_per_step=128,
-        micro_batch=1 if "micro" in mode else None,
+        micro_batch=4 if "halves" in mode else 1 if "micro" in mode else None,
         lr=3e-3,
         warmup_steps=2,
         weight_decay=0.1,
