@@ -33,8 +33,6 @@ class Runtime(Section):
     """The optimizer's state, two thirds of a stage's bytes. all: every stage keeps it, so that any later stage can be
     changed and retrained alone. last: it is dropped once no stage of the run goes on from it; a changed stage then
     trains the stages before it again. Weights, logs and measurements are kept either way."""
-    compile: bool = False
-    """torch.compile each layer: needs a C++ compiler; sums may round differently."""
 
     @property
     def world_size(self) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 from prosparse_core.checkpoint import load_optimizer, whole_optimizer
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Mixture
-from prosparse_core.parallel import layers_of, read_shards, shard, weights, whole
+from prosparse_core.parallel import read_shards, shard, weights, whole
 from prosparse_core.precision import Precision
 from prosparse_core.progress import Progress
 from prosparse_core.ranks import ALONE, Ranks, code_digest
@@ -113,9 +113,6 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
         load_optimizer(optimizer, state)
     if job.runtime.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if job.runtime.compile:
-        for layer in layers_of(model):
-            layer.compile()
     with contextlib.closing(Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first)) as mixture:
         train_stage(
             model,
