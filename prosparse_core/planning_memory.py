@@ -29,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prosparse_core.hardware import GIB
+from prosparse_core.memory import KEPT_BYTES
 from prosparse_core.planning_layout import Layout
 from prosparse_core.precision import Precision
 from prosparse_core.recipe_machine import Shape
@@ -40,8 +41,6 @@ GPU_FRAMEWORK_BYTES = 1 * GIB
 """CUDA context, cuBLAS and NCCL buffers: an assumption."""
 USABLE = 0.95
 """Of a device's memory: the rest is lost to the allocator's fragments."""
-GIVEN_BACK_ABOVE = 32 * 2**20
-"""glibc's DEFAULT_MMAP_THRESHOLD_MAX on 64 bits, which its threshold soon reaches."""
 HOLES = 0.4
 """Of what the smaller blocks need at most: lost between them, as moments and gradients settle where activations were.
 Measured in eight trainings of 10 to 135 M weights: 0.2 to 0.65."""
@@ -100,7 +99,7 @@ def memory(training: Training, layout: Layout) -> Memory:
     }
 
     def small(blocks: list[_Blocks]) -> float:
-        return 0.0 if on_gpu else sum(b.total for b in blocks if b.size <= GIVEN_BACK_ABOVE)
+        return 0.0 if on_gpu else sum(b.total for b in blocks if b.size <= KEPT_BYTES)
 
     most_small = max(small(blocks) for blocks in moments.values())
     found = []

@@ -12,7 +12,7 @@ from prosparse_core.store import Artifact, read_record
 from prosparse_core.variants import MODEL, OPTIMIZER
 from tasks.step import Run, Work
 
-VERSION = 2
+VERSION = 3
 
 
 def train_stage(
