@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 RECIPE ?= smollm2-135m
 BIN := .venv/bin
+# A file's tests share fixtures and stay together; the long files of flows/ come first.
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 READY := .venv/ready
 
 .PHONY: setup run test check sanitize memory bench clean
@@ -18,13 +20,13 @@ run: setup
 	$(BIN)/prosparse run $(RECIPE)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow'
 
 sanitize: setup
 	$(BIN)/python -m pytest tests/kernels/test_sanitized.py

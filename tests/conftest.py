@@ -1,10 +1,13 @@
-"""Code that comes with a model is cached in a folder of the test session, not in the user's home."""
+"""What holds for the whole test session: one worker's share of the machine, and no cache in the user's home."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 
-# Read when transformers is imported, so before any test file is.
+# Both are read when torch and transformers are imported, so before any test file is.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Two workers with a thread for every core each would spend their time waiting for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 _modules = tempfile.TemporaryDirectory(prefix="prosparse-test-modules-", ignore_cleanup_errors=True)
 os.environ["HF_MODULES_CACHE"] = _modules.name
