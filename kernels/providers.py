@@ -128,13 +128,14 @@ def random_case(
     """A synthetic layer, its inputs ``[tokens, D]`` and the threshold that kills that share of its neurons.
 
     The share is met over all tokens together, single tokens scatter around it. Every gate is positive, so any share
-    from 0 to 1 can be cut by a threshold, and the threshold lies midway between two gates.
+    from 0 to 1 can be cut by a threshold, and the threshold lies midway between two gates. What lifts the gates is
+    spread over all of a row: in one weight it would be an outlier that no trained row has, and ruin an 8-bit scale.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, d_model, generator=generator)
-    x[:, 0] = 1.0
+    x = torch.randn(tokens, d_model, generator=generator).abs()
     w_gate, w_up, w_down_t = (torch.randn(d_ff, d_model, generator=generator) / d_model**0.5 for _ in range(3))
-    w_gate[:, 0] += 8.0
+    lift = (-(x @ w_gate.T).amin(1) / x.sum(1)).max()
+    w_gate += lift.clamp_min(0.0) + 1.0 / d_model
     weights = FFNWeights(w_gate.to(dtype), w_up.to(dtype), w_down_t.to(dtype))
     return weights, x, threshold_for(x, weights.w_gate, sparsity)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kernels.bench import FFNWeights
     from prosparse_core.recording import Recording
 
-VERSION = 3
+VERSION = 4
 BATCHES = (2, 4, 8)
 """Tokens at once, besides one: the whole FFN on the neurons that live for any of them."""
 CURVE = (0.0, 0.5, 0.7, 0.8, 0.89, 0.95)

@@ -10,7 +10,7 @@ from prosparse_core.store import Artifact
 from tasks.speed_facts import Reporter
 from tasks.step import Run, Work, provenance
 
-VERSION = 1
+VERSION = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MAX_WIDTH = 1 << 20
 
