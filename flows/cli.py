@@ -137,6 +137,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--datasets", metavar="DIR", help="a folder laid out like the hub (default: the hub)")
     sub.add_argument("--limit", metavar="N", type=int, help="at most N documents a task; rows are marked partial")
     sub.add_argument("--run-code", action="store_true", help="let HumanEval and MBPP execute what the model wrote")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     sub.add_argument("--recipe", metavar="RECIPE", help="also measure on this recipe's held-out corpora")
     sub.add_argument("--batch-size", metavar="N", type=int, help="sequences per forward pass (default: 4)")
     sub.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="default: the recipe's, or auto")

@@ -35,6 +35,8 @@ class Request:
     """Whose held-out corpora to measure perplexity and sparsity on as well."""
     batch_size: int | None = None
     precision: str | None = None
+    trust_remote_code: bool = False
+    """Run the code that comes with the model."""
     force: bool = False
 
 
@@ -52,7 +54,7 @@ def prepare(request: Request) -> tuple[Recipe, Target]:
     Raises:
         BadInput: an unknown model, benchmark or recipe; see :mod:`tasks.evaluate_checkpoint`, :mod:`tasks.benchmarks`.
     """
-    target = find_checkpoint(request.model, home_folder())
+    target = find_checkpoint(request.model, home_folder(), trust_remote_code=request.trust_remote_code)
     base = recipes.load(request.recipe) if request.recipe else None
     section = base.evaluate if base else Evaluate(benchmarks=[PAPER])
     given: dict[str, Any] = {
@@ -100,6 +102,7 @@ def variant(
     recipe: str | None = None,
     batch_size: int | None = None,
     precision: str | None = None,
+    trust_remote_code: bool = False,
     force: bool = False,
 ) -> str:
     """Measure a checkpoint, ours or not, without training.
@@ -113,12 +116,13 @@ def variant(
         recipe: also measure perplexity and sparsity on this recipe's held-out corpora.
         batch_size: sequences per forward pass; default: the recipe's, or 4.
         precision: auto, fp32 or bf16.
+        trust_remote_code: run the code that comes with the model, for an architecture that transformers lacks.
         force: measure again though the store has it.
 
     Returns:
         The run id under which the ledger keeps it.
     """
-    request = Request(model, tasks, datasets, limit, run_code, recipe, batch_size, precision, force)
+    request = Request(model, tasks, datasets, limit, run_code, recipe, batch_size, precision, trust_remote_code, force)
     return run_request(request, prefect=True)
 
 

@@ -26,6 +26,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return list(model.get_submodule(find_ffns(model)[0].family.layers).children())
 
 
+def compile_layers(model: nn.Module) -> None:
+    """torch.compile each layer (in place, at its first pass): layers of one shape share what is compiled."""
+    for layer in layers_of(model):
+        layer.compile()
+
+
 def shard(model: nn.Module, precision: Precision) -> None:
     """Split every weight of ``model`` (in place) over all processes, gathered layer by layer when needed (FSDP2)."""
     from torch import distributed

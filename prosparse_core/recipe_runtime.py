@@ -29,6 +29,9 @@ class Runtime(Section):
     """ddp: every process holds the whole model. fsdp: weights, gradients and moments are sharded over all processes."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again in backward: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each layer: fewer launches and passes over memory on a GPU, at the price of compiling in every
+    process that trains a stage. Needs a C++ compiler. Sums may round otherwise than uncompiled."""
     keep: Literal["last", "all"] = "all"
     """The optimizer's state, two thirds of a stage's bytes. all: every stage keeps it, so that any later stage can be
     changed and retrained alone. last: it is dropped once no stage of the run goes on from it; a changed stage then

@@ -49,9 +49,10 @@ class L1Regularizer:
         model: any model of a known family; hook it before it is wrapped for data parallelism, or hand in what the
             wrapper wraps.
         reduction: how |x1| becomes one number; see :class:`prosparse_core.recipe_train.L1Reduction`.
+        compiled: the layers are compiled. The hooks then stay outside: they count, and lambda changes at every step.
     """
 
-    def __init__(self, model: nn.Module, reduction: L1Reduction) -> None:
+    def __init__(self, model: nn.Module, reduction: L1Reduction, *, compiled: bool = False) -> None:
         ffns = find_ffns(model)
         self.num_layers = len(ffns)
         self._down = ffns[0].down
@@ -66,7 +67,8 @@ class L1Regularizer:
         self._abs: list[Tensor] = []
         self._zeros: list[Tensor] = []
         self._count = 0
-        self._handles = [f.down.register_forward_pre_hook(self._on_down) for f in ffns]
+        on_down = torch.compiler.disable(self._on_down) if compiled else self._on_down
+        self._handles = [f.down.register_forward_pre_hook(on_down) for f in ffns]
 
     @property
     def mask(self) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import nn
 from prosparse_core.checkpoint import load_optimizer, whole_optimizer
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Mixture
-from prosparse_core.parallel import read_shards, shard, weights, whole
+from prosparse_core.parallel import compile_layers, read_shards, shard, weights, whole
 from prosparse_core.precision import Precision
 from prosparse_core.progress import Progress
 from prosparse_core.ranks import ALONE, Ranks, code_digest
@@ -111,6 +111,9 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
     if job.index > 0:
         state = torch.load(job.before / OPTIMIZER, map_location=job.device, mmap=ranks.size > 1, weights_only=True)
         load_optimizer(optimizer, state)
+    if job.runtime.compile:
+        progress.note("the layers are compiled in their first passes, which takes a minute or so")
+        compile_layers(model)
     if job.runtime.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     with contextlib.closing(Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first)) as mixture:

@@ -127,7 +127,8 @@ def train_stage(
     _cut_log(log_path, before=start)
     model.train()
     saved_at = time.monotonic()
-    with L1Regularizer(model, train.l1_reduction) as regularizer, open(log_path, "a", encoding="utf-8") as log:
+    regularizer = L1Regularizer(model, train.l1_reduction, compiled=runtime.compile)
+    with regularizer, open(log_path, "a", encoding="utf-8") as log:
         regularizer.num_processes = ranks.size
         loop = _Loop(model, optimizer, regularizer, mixture, train, index, precision, teacher, ranks)
         if start <= last:

@@ -20,7 +20,7 @@ from tasks.step import Run, Work
 
 VERSION = 1
 HASHED_WHOLE_BELOW = 2 << 30
-TRUST = "read that code, then say model.trust_remote_code: true"
+TRUST = "read that code, then say model.trust_remote_code: true (evaluate: --trust-remote-code)"
 
 
 def base_model(run: Run, model: Model | None = None) -> Artifact:

@@ -42,22 +42,24 @@ class Target:
     """Already in the store."""
 
 
-def find_checkpoint(model: str, home: Path) -> Target:
+def find_checkpoint(model: str, home: Path, *, trust_remote_code: bool = False) -> Target:
     """What ``model`` names, checked without reading weights.
 
     Args:
         model: a folder, a .gguf file, a hub id, ``package:NAME``, a variant id of the ledger (``prosparse@1a2b3c4d``),
             or the digest of an artifact (8 characters or more).
+        trust_remote_code: run the code that comes with a folder or a hub id.
 
     Raises:
-        BadInput: it is none of these, or its architecture is of no known family.
+        BadInput: it is none of these, its code is needed and not trusted, or its architecture is of no known family.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _of_folder(model, folder)
+        return _of_folder(model, folder, trust_remote_code)
     if VARIANT_ID.match(model) or DIGEST.match(model):
         return _of_ledger(model, home)
-    found = Model(id=Path(model).stem if model.endswith(".gguf") else model, source=model)
+    name = Path(model).stem if model.endswith(".gguf") else model
+    found = Model(id=name, source=model, trust_remote_code=trust_remote_code)
     if HUB_ID.match(model) and is_fatrelu(_hub_config(model)):
         return Target(found, "prosparse", "fatrelu", exported=model)
     identity(found)
@@ -86,13 +88,13 @@ def checkpoint(run: Run, target: Target) -> Variant:
     return Variant(target.setting, artifact, "fatrelu", thresholds=artifact)
 
 
-def _of_folder(model: str, folder: Path) -> Target:
+def _of_folder(model: str, folder: Path, trust_remote_code: bool) -> Target:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is no model folder: config.json is not readable ({error})") from error
     name = folder.resolve().name
-    found = Model(id=name, source=str(folder))
+    found = Model(id=name, source=str(folder), trust_remote_code=trust_remote_code)
     if is_fatrelu(config):
         dense_config(config, where=str(folder))
         if foreign := sorted(p.name for p in folder.glob("*.py") if p.name not in CODE_FILES):
@@ -211,7 +213,7 @@ def _of_ledger(name: str, home: Path) -> Target:
         raise BadInput(f"no variant {name!r} in the ledger", hint='prosparse query "FROM variants"')
     artifact = artifact_of(ledger, home, name)
     if artifact.step == "export":
-        return _of_folder(name, artifact.path / "hf")
+        return _of_folder(name, artifact.path / "hf", trust_remote_code=False)
     if artifact.step != "base_model":
         raise BadInput(f"artifact {name} of step {artifact.step} is no model", hint='prosparse query "FROM variants"')
     label = artifact.label.rpartition(" · ")[2]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prosparse_core.errors import BadInput
+from kernels.build import find_compiler
+from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.planning import shape_of
 from prosparse_core.planning_disk import disk
 from prosparse_core.precision import resolve_device
@@ -20,7 +21,7 @@ def check(recipe: Recipe, home: Path) -> None:
     Raises:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
             is unknown or not allowed, more training processes than GPUs.
-        EnvironmentProblem: a missing package, too little room in the store.
+        EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
     from prosparse_core.sources import check_source
 
@@ -29,9 +30,21 @@ def check(recipe: Recipe, home: Path) -> None:
         check_source(source)
     plan_benchmarks(recipe.evaluate)
     _check_devices(recipe.runtime)
+    _check_compiler(recipe.runtime)
     shape = shape_of(recipe.model)
     if shape is not None and not (home / "store" / "export").is_dir():
         require_space(home, disk(recipe, shape).most[recipe.runtime.keep], f"a run of {recipe.name}")
+
+
+def _check_compiler(runtime: Runtime) -> None:
+    """Both torch.compile's CPU code and the launchers of its GPU code are C++."""
+    if not runtime.compile:
+        return
+    try:
+        find_compiler()
+    except RuntimeError as error:
+        problem = str(error).removeprefix("native kernels: ")
+        raise EnvironmentProblem(f"runtime.compile=true, but {problem}", hint="or leave runtime.compile out") from error
 
 
 def _check_devices(runtime: Runtime) -> None:

@@ -14,6 +14,7 @@ from prosparse_core import checkpoint, training
 from prosparse_core.distillation import distillation_loss
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
+from prosparse_core.parallel import compile_layers, layers_of
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Distill, Stage, Train
@@ -48,6 +49,45 @@ class SuccessionMixture(CountedMixture):
 def recipe(**changes: object) -> Train:
     stages = [Stage(until_step=4, l1=0), Stage(until_step=6, l1=0.5), Stage(until_step=14, l1=2.0, ramp="sine")]
     return Train(**{"tokens_per_step": 64, "lr": 3e-3, "warmup_steps": 2, "stages": stages, **changes})  # type: ignore[arg-type]
+
+
+def logged(folder: Path, *, compiled: bool) -> list[dict[str, float]]:
+    """The log of a stage whose lambda changes at every step."""
+    folder.mkdir()
+    model = tiny()
+    use_relu(model)
+    if compiled:
+        compile_layers(model)
+    train, runtime = recipe(), Runtime(compile=compiled)
+    optimizer = training.make_optimizer(model, train)
+    training.train_stage(
+        model,
+        optimizer,
+        CountedMixture(),  # type: ignore[arg-type]
+        train,
+        2,
+        folder,
+        precision="fp32",
+        runtime=runtime,
+        progress=Silent(),
+    )
+    return [json.loads(line) for line in (folder / training.LOG).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike_and_are_compiled_once(tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    plain = logged(tmp_path / "plain", compiled=False)
+    counters.clear()
+    compiled = logged(tmp_path / "compiled", compiled=True)
+    num_layers = len(layers_of(tiny()))
+    assert 0 < counters["stats"]["unique_graphs"] <= 2 * num_layers  # before and after the hook, not anew at each step
+    assert len(plain) == len(compiled) == 8
+    for a, b in zip(plain, compiled, strict=True):
+        assert a["l1_lambda"] == b["l1_lambda"]
+        for name in ("lm_loss", "l1", "sparsity", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
 
 
 class Interrupted(Exception):

@@ -18,6 +18,7 @@ from prosparse_core.random_model import train_tokenizer
 from prosparse_core.recipe import Model, parse
 from prosparse_core.variants import MODEL, Variant, load_variant
 from tasks.base_model import base_model, check_chain, identity
+from tasks.evaluate_checkpoint import checkpoint, find_checkpoint
 from tests.tasks.conftest import MODEL as SIZES
 from tests.tasks.conftest import make_run
 
@@ -70,6 +71,14 @@ def test_code_that_comes_with_a_checkpoint_runs_only_when_it_is_trusted(
     assert type(find_ffns(model)[0].activation).__name__ == "ReLU"
     named = json.loads((dense.path / MODEL / "config.json").read_text())["auto_map"].values()
     assert all((dense.path / MODEL / f"{name.partition('.')[0]}.py").is_file() for name in named)
+
+
+def test_a_checkpoint_to_be_measured_runs_its_code_only_on_request(base: Any, minicpm: Path) -> None:
+    run = run_of(base, source=str(minicpm))
+    for trusted, model_type in ((False, "granite"), (True, "minicpm")):
+        target = find_checkpoint(str(minicpm), base.home, trust_remote_code=trusted)
+        config = json.loads((checkpoint(run, target).checkpoint.path / MODEL / "config.json").read_text())
+        assert (config["model_type"], "auto_map" in config) == (model_type, trusted)
 
 
 def test_a_minicpm_is_the_granite_it_is_read_as(base: Any, minicpm: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
 from prosparse_core.recipe import parse
 from prosparse_core.store import Artifact, read_record
 from tasks.preflight import check
@@ -97,23 +97,25 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Any, tmp_path: Path) -
 
     artifacts = pickle.dumps((base.dense, base.corpora)).hex()
     arguments = [str(Path(__file__).parent), str(broken), json.dumps(recipe(base, **two)), artifacts]
-    flow = subprocess.Popen(
-        [sys.executable, "-c", A_FLOW, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
     work = broken / "store" / ".work"
-    wait_for(lambda: any(work.glob("stage-*/checkpoints/step-00000009")) or flow.poll() is not None)
-    family = [*psutil.Process(flow.pid).children(recursive=True)]
-    assert len(trainers(flow.pid)) == 2
-    flow.send_signal(signal.SIGKILL)
-    flow.wait()
-    gone, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive, "orphans"
-    assert len(gone) >= 3
+    for how, step in ((signal.SIGINT, 6), (signal.SIGTERM, 9), (signal.SIGKILL, 12)):
+        flow = subprocess.Popen(
+            [sys.executable, "-c", A_FLOW, *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,  # of the KeyboardInterrupt
+        )
+        wait_for(lambda n=step, f=flow: any(work.glob(f"stage-*/checkpoints/step-{n:08d}")) or f.poll() is not None)
+        family = [*psutil.Process(flow.pid).children(recursive=True)]
+        assert len(trainers(flow.pid)) == 2
+        flow.send_signal(how)
+        assert flow.wait(60) != 0
+        gone, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, "orphans"
+        assert len(gone) >= 3
 
     resumed, seen = trained(base, broken, **two)
     assert any(note.startswith("resuming after step") for note in seen.notes)
-    assert seen.updates[0][0] > 9
+    assert seen.updates[0][0] > 12
     assert hashes(resumed) == hashes(whole)
 
     alone, _ = trained(base, tmp_path / "alone")
@@ -133,6 +135,14 @@ def test_a_trainers_own_error_is_the_steps(base: Any, tmp_path: Path) -> None:
     broken = dataclasses.replace(base, dense=dataclasses.replace(base.dense, folder=dense))
     with pytest.raises(ProSparseError, match=r"model/config.json is not what artifact.json says"):
         trained(broken, tmp_path / "home", processes=1)
+
+
+def test_compiling_needs_a_compiler(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = parse({**base.recipe, **recipe(base, compile=True)})
+    check(compiled, base.home)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(EnvironmentProblem, match=r"runtime.compile=true, but \$CXX is 'no-such-compiler'"):
+        check(compiled, base.home)
 
 
 def test_more_processes_than_gpus_are_refused(base: Any) -> None:
