@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.benchmarks import BENCHMARKS, averages
+from tasks.evaluation.benchmarks import BENCHMARKS, averages
 
 SOME_TASKS = re.compile(r"mean of (\d+ of \d+ tasks)")
 Scores = Sequence[Mapping[str, Any]]

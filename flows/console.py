@@ -20,7 +20,7 @@ from rich.text import Text
 from flows import summary
 from flows.benchmark_table import benchmark_table
 from flows.plan_table import cost_rows, memory_rows, tokens, verdict
-from prosparse_core.planning import Cost
+from prosparse_core.planning.cost import Cost
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Recipe
 from tasks.step import Outcome, Run

@@ -14,9 +14,9 @@ from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Evaluate, Model, Recipe
 from tasks.base_model import base_model
-from tasks.benchmarks import PAPER, plan_benchmarks
 from tasks.evaluate import evaluate
-from tasks.evaluate_checkpoint import Target, checkpoint, find_checkpoint
+from tasks.evaluation.benchmarks import PAPER, plan_benchmarks
+from tasks.evaluation.checkpoint import Target, checkpoint, find_checkpoint
 from tasks.mixture import mixture
 from tasks.step import Run
 
@@ -52,7 +52,7 @@ def prepare(request: Request) -> tuple[Recipe, Target]:
     """The recipe a request comes to and the checkpoint it names, checked before anything is read or written.
 
     Raises:
-        BadInput: an unknown model, benchmark or recipe; see :mod:`tasks.evaluate_checkpoint`, :mod:`tasks.benchmarks`.
+        BadInput: an unknown model, benchmark or recipe; see :mod:`tasks.evaluation`, its checkpoint and benchmarks.
     """
     target = find_checkpoint(request.model, home_folder(), trust_remote_code=request.trust_remote_code)
     base = recipes.load(request.recipe) if request.recipe else None

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 from flows import console
-from prosparse_core import nodes
-from prosparse_core.nodes import Leader
+from prosparse_core.distributed import nodes
+from prosparse_core.distributed.nodes import Leader
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import canonical_json, sha256_text
 from tasks.step import Finished
@@ -46,9 +46,9 @@ def follow(recipe: Recipe) -> None:
     """Train along until node 0's run is over.
 
     Raises:
-        ProSparseError: see :func:`prosparse_core.nodes.follow`.
+        ProSparseError: see :func:`prosparse_core.distributed.nodes.follow`.
     """
-    from prosparse_core.launch import join
+    from prosparse_core.distributed.launch import join
 
     place = nodes.place(recipe.runtime)
     assert place is not None
@@ -59,7 +59,7 @@ def follow(recipe: Recipe) -> None:
 
 def _digest(recipe: Recipe) -> str:
     """Of what must be the same on all nodes."""
-    from prosparse_core.ranks import code_digest
+    from prosparse_core.distributed.ranks import code_digest
 
     part = recipe.model_dump(mode="json", exclude={"runtime", "hardware"})
     shared = recipe.runtime.model_dump(mode="json", exclude={"node_rank", "rendezvous"})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from prosparse_core.hardware import GIB
-from prosparse_core.planning import Cost
+from prosparse_core.planning.cost import Cost
+from prosparse_core.planning.hardware import GIB
 
 Rows = list[list[str]]
 

@@ -12,12 +12,12 @@ from flows.run import home_folder, open_run
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Recipe, Speed
-from tasks.bench_target import NO_TRAINING, OWN_DATA, BenchTarget, find_bench_target
-from tasks.evaluate_checkpoint import checkpoint
+from tasks.evaluation.checkpoint import checkpoint
 from tasks.mixture import mixture
 from tasks.speed import speed
-from tasks.speed_synthetic import Synthetic, parse_synthetic, speed_synthetic
 from tasks.step import Run
+from tasks.timing.synthetic import Synthetic, parse_synthetic, speed_synthetic
+from tasks.timing.target import NO_TRAINING, OWN_DATA, BenchTarget, find_bench_target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,8 +119,8 @@ def verb_plan(arguments: argparse.Namespace) -> int:
     """What would run, what is cached and why not, and what it costs."""
     from flows.compare import every_setting
     from flows.full import full
-    from prosparse_core import planning
-    from prosparse_core.planning_layout import Asked
+    from prosparse_core.planning import cost as planning
+    from prosparse_core.planning.layout import Asked
 
     names = (field.name for field in dataclasses.fields(Asked))
     asked = Asked(**{name: getattr(arguments, name) for name in names})
@@ -303,7 +303,7 @@ def _export_powerinfer(arguments: argparse.Namespace, run_id: str, ledger: Ledge
 
 def _export_plain(arguments: argparse.Namespace, run_id: str, ledger: Ledger) -> int:
     """A folder that needs no code of ours."""
-    from prosparse_core.export_plain import export_hf_relu, export_vllm
+    from prosparse_core.formats.plain import export_hf_relu, export_vllm
     from tasks.export_formats import made_by
 
     made = made_by(run_id, "export", ledger, home_folder())

@@ -1,7 +1,7 @@
 """Checkpoints inside a stage: written beside, synced, renamed; the newest whole one is where a stage goes on.
 
-One process writes one file; several write a shard each (:mod:`prosparse_core.checkpoint_shards`). Either is read by any
-number of processes.
+One process writes one file; several write a shard each (:mod:`prosparse_core.distributed.checkpoint_shards`). Either is
+read by any number of processes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prosparse_core import checkpoint_shards
+from prosparse_core.distributed import checkpoint_shards
+from prosparse_core.distributed.parallel import part_of, weights, whole
+from prosparse_core.distributed.ranks import ALONE, Ranks
 from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.parallel import part_of, weights, whole
 from prosparse_core.progress import Progress
-from prosparse_core.ranks import ALONE, Ranks
 
 PREFIX = "step-"
 STATE = "state.pt"

@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prosparse_core import code_corpora
+from prosparse_core.data import code_corpora
+from prosparse_core.data.packing import Encoder
+from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
+from prosparse_core.data.sources import Document, stable_hash
+from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
+from prosparse_core.data.stream_reader import Streams
 from prosparse_core.errors import BadInput
-from prosparse_core.packing import Encoder
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.recipe import Data, Source
-from prosparse_core.shards import SPLITS, Corpus, write_jsonl
-from prosparse_core.sources import Document, stable_hash
-from prosparse_core.stream import DESCRIPTION, TOKENIZER
-from prosparse_core.stream_reader import Streams
 
 if TYPE_CHECKING:
     import torch

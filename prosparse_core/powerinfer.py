@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from prosparse_core.errors import BadInput
-from prosparse_core.powerinfer_tokenizer import Vocabulary, read_vocabulary
+from prosparse_core.formats.powerinfer_tokenizer import Vocabulary, read_vocabulary
+from prosparse_core.prediction.mask import logit
 from prosparse_core.predictor import LayerPredictor
-from prosparse_core.predictor_mask import logit
 from prosparse_core.store import require_space
 from prosparse_core.variants import check_folder
 

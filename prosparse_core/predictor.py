@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prosparse_core.errors import BadInput
-from prosparse_core.recording import LabelRule, LayerRecording
+from prosparse_core.prediction.recording import LabelRule, LayerRecording
 
 WEIGHT_DECAY = 0.01
 DENSITY_OFFSET = 0.005

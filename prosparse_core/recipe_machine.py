@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from prosparse_core.errors import BadInput
-from prosparse_core.hardware import find_device
+from prosparse_core.planning.hardware import find_device
 from prosparse_core.recipe_train import Section
 
 
@@ -37,7 +37,7 @@ class Hardware(Section):
     """What ``plan`` estimates memory and hours for, unless its options say otherwise. Decides no result."""
 
     device: str
-    """A name of :mod:`prosparse_core.hardware`, such as a100-80g, or cpu-core."""
+    """A name of :mod:`prosparse_core.planning.hardware`, such as a100-80g, or cpu-core."""
     count: int = Field(gt=0)
     """Devices in all: GPUs, each with a process of its own, or cores. ``runtime.processes``, if given, counts instead
     of the former."""

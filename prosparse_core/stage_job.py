@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from prosparse_core.checkpoint import load_optimizer, whole_optimizer
+from prosparse_core.distributed.parallel import compile_layers, read_shards, shard, weights, whole
+from prosparse_core.distributed.ranks import ALONE, Ranks, code_digest
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Mixture
-from prosparse_core.parallel import compile_layers, read_shards, shard, weights, whole
 from prosparse_core.precision import Precision
 from prosparse_core.progress import Progress
-from prosparse_core.ranks import ALONE, Ranks, code_digest
 from prosparse_core.recipe_runtime import Runtime
 from prosparse_core.recipe_train import Train
 from prosparse_core.store import RECORD, canonical_json, read_record, same_size, sha256_text, write_json

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from prosparse_core import checkpoint
 from prosparse_core.distillation import distillation_loss
+from prosparse_core.distributed.parallel import Forward
+from prosparse_core.distributed.ranks import ALONE, Ranks
 from prosparse_core.errors import ProSparseError
 from prosparse_core.loss import next_token_loss
 from prosparse_core.mixing import Batch, Mixture
-from prosparse_core.parallel import Forward
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.progress import Progress
-from prosparse_core.ranks import ALONE, Ranks
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Train
 from prosparse_core.regularizer import L1Regularizer
@@ -194,7 +194,7 @@ class _Loop:
         self.forward = Forward(self.model, self.ranks)
 
     def settle(self, step: int) -> None:
-        """See :meth:`prosparse_core.parallel.Forward.settle`."""
+        """See :meth:`prosparse_core.distributed.parallel.Forward.settle`."""
         if self.ranks.size > 1:
             tokens = self._batch(step).tokens[self.ranks.share(self._sequences)]
             self.forward.settle(tokens.to(self.device))

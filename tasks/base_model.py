@@ -56,7 +56,7 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
     """
     if dense.folder is None:
         return
-    from prosparse_core.predictor_input import require_norm
+    from prosparse_core.prediction.input import require_norm
     from prosparse_core.substitute import require_up
 
     config = check_folder(dense.folder / MODEL)

@@ -13,11 +13,9 @@ from prosparse_core.precision import Precision, resolve, resolve_device
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import Variant
-from tasks.benchmark_data import Datasets
-from tasks.benchmarks import Planned, plan_benchmarks
-from tasks.evaluate_scores import harness_scores
-from tasks.evaluate_scoring import evaluating, load_task, make_scorer, quiet, run_task
-from tasks.evaluate_tasks import (
+from tasks.evaluation.benchmark_data import Datasets
+from tasks.evaluation.benchmarks import Planned, plan_benchmarks
+from tasks.evaluation.held_out import (
     CHOICES_TASK,
     NO_CHOICES,
     HeldOut,
@@ -27,6 +25,8 @@ from tasks.evaluate_tasks import (
     corpus_task,
     read_held_out,
 )
+from tasks.evaluation.scores import harness_scores
+from tasks.evaluation.scoring import evaluating, load_task, make_scorer, quiet, run_task
 from tasks.step import Run, Work
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def evaluate(run: Run, variant: Variant, corpora: Artifact | None, note: str = "
         note: what people read instead of the setting, where several variants have the same.
 
     Raises:
-        BadInput: before the model is read, where a benchmark cannot be measured as asked; see :mod:`tasks.benchmarks`.
+        BadInput: before the model is read, where a benchmark cannot be measured as asked; see its ``benchmarks``.
     """
     recipe = run.recipe
     planned, datasets = plan_benchmarks(recipe.evaluate)
@@ -110,7 +110,7 @@ def _build(
     device: str,
 ) -> None:
     from prosparse_core.variants import load_variant
-    from tasks.evaluate_benchmarks import measure_benchmarks
+    from tasks.evaluation.measure_benchmarks import measure_benchmarks
 
     section = run.recipe.evaluate
     held_out = None if corpora is None else read_held_out(corpora.path, choice=section.choice)
@@ -182,7 +182,7 @@ def measure_loaded(
     """:func:`measure_held_out` on a mixture's evaluation files, read and checked first.
 
     Raises:
-        BadInput: see :func:`tasks.evaluate_tasks.read_held_out` and :func:`measure_held_out`.
+        BadInput: see :func:`tasks.evaluation.held_out.read_held_out` and :func:`measure_held_out`.
     """
     return measure_held_out(model, tokenizer, read_held_out(folder_of_heldout, corpora, choice=choice), **how)
 
@@ -208,7 +208,7 @@ def measure_held_out(
         BadInput: the tokenizer has neither BOS nor EOS, or makes no token of a whole corpus.
         ProSparseError: the model's log-likelihoods are not finite.
     """
-    from prosparse_core.packing import Encoder
+    from prosparse_core.data.packing import Encoder
     from prosparse_core.sparsity import SparsityMeter
 
     if limit is not None and limit < 1:

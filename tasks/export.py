@@ -143,7 +143,7 @@ def agree(found: float | None, expected: float | None) -> bool:
 
 def document_limit(held_out: Path, tokenizer: Any, max_tokens: int = MAX_TOKENS) -> int | None:
     """How many documents of each corpus keep within ``max_tokens`` in total: at least 1; None when all do."""
-    from tasks.evaluate_tasks import read_held_out
+    from tasks.evaluation.held_out import read_held_out
 
     corpora = read_held_out(held_out, choice=False).corpora.values()
     sizes = [[len(tokenizer(f"{r['prompt'] or ''}{r['text']}")["input_ids"]) for r in rows] for rows in corpora]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def token_perplexities(model: Any, tokenizer: Any, request: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The score of each corpus (the fields of ``tasks.evaluate_tasks.Score``) on the documents of the request.
+    """The score of each corpus (the fields of ``tasks.evaluation.held_out.Score``) on the documents of the request.
 
     Args:
         request: held_out (folder of the mixture), precision, batch_size, limit (documents per corpus), max_length.

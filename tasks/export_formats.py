@@ -15,7 +15,7 @@ from prosparse_core.variants import Variant
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prosparse_core.export_powerinfer import PowerInferExport
+    from prosparse_core.formats.powerinfer_export import PowerInferExport
 
 CHECK_TOKENS = 1024
 """Held-out tokens on which a written file is compared with torch."""
@@ -83,7 +83,7 @@ def to_powerinfer(
     progress: Callable[[str], None] = lambda text: None,
 ) -> PowerInferExport:
     """The model and the predictors of a run's predictor step as one PowerInfer file; see ``export_powerinfer``."""
-    from prosparse_core.export_powerinfer import export_powerinfer
+    from prosparse_core.formats.powerinfer_export import export_powerinfer
 
     return export_powerinfer(
         made.variant,

@@ -11,7 +11,7 @@ VERSION = 1
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
     """The artifact with tokens per corpus and split; its ``manifest.json`` says how much there is of each."""
-    from prosparse_core.sources import source_identity
+    from prosparse_core.data.sources import source_identity
 
     data = run.recipe.data
     return run.step(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prosparse_core.families import FFN
+    from prosparse_core.prediction.recording import Recording
     from prosparse_core.predictor import CutoffMetrics, LayerPredictor
-    from prosparse_core.recording import Recording
 
 T = TypeVar("T")
 VERSION = 2
@@ -71,7 +71,7 @@ def _bytes_of_recordings(section: Predictor, variant: Variant) -> int:
 def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision: Precision, device: str) -> None:
     from prosparse_core import predictor as predictors
     from prosparse_core.families import find_ffns
-    from prosparse_core.predictor_cutoff import active_scores
+    from prosparse_core.prediction.cutoff import active_scores
     from prosparse_core.variants import load_variant
 
     section, seed = run.recipe.predictor, run.recipe.seed
@@ -149,7 +149,7 @@ def _record(
 ) -> tuple[Recording, Recording, Recording | None]:
     """Training text, evaluation files, and calibration files where cutoffs are chosen on them; kept on the disk."""
     from prosparse_core.mixing import Mixture
-    from prosparse_core.recording import calibration_windows, held_out_windows, record
+    from prosparse_core.prediction.recording import calibration_windows, held_out_windows, record
 
     section, mixture = run.recipe.predictor, Mixture(corpora.path, run.recipe.seed, work.folder)
     plan: list[tuple[str, Iterator[Tensor], int]] = [
@@ -196,9 +196,9 @@ def _starts(model: Any, section: Predictor, seed: int) -> list[LayerPredictor] |
     import torch
 
     from prosparse_core.families import find_ffns
+    from prosparse_core.prediction.input import norm_before, norm_scale
+    from prosparse_core.prediction.start import svd_predictor
     from prosparse_core.predictor import layer_seed
-    from prosparse_core.predictor_input import norm_before, norm_scale
-    from prosparse_core.predictor_start import svd_predictor
 
     def channels(ffn: FFN) -> Tensor | None:
         return norm_scale(norm_before(model, ffn), ffn.d_model, model.device) if section.input == "pre_norm" else None

@@ -14,8 +14,8 @@ from tasks.step import Run, Work
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prosparse_core.prediction.recording import Recording
     from prosparse_core.predictor import CutoffMetrics, LayerPredictor
-    from prosparse_core.recording import Recording
 
 
 def write_facts(work: Work, variant: Variant, section: Predictor, layer: int, metrics: CutoffMetrics) -> None:
@@ -44,8 +44,8 @@ def choose(
     section: Predictor, trained: Sequence[LayerPredictor], scores: Sequence[Any], testing: Recording, device: str
 ) -> dict[str, Any]:
     """The cutoffs that reach the target on calibration text, and what they come to on evaluation text."""
+    from prosparse_core.prediction.cutoff import cutoff_per_layer, global_cutoff
     from prosparse_core.predictor import evaluate
-    from prosparse_core.predictor_cutoff import cutoff_per_layer, global_cutoff
 
     assert section.target_recall is not None
     if section.cutoff_scope == "layer":
@@ -72,7 +72,7 @@ def choose(
 def held_out_tokens(corpora: Path, tokenizer: Any, num_tokens: int) -> list[Tensor]:
     """The first windows of the evaluation files, each [1, length], until they have ``num_tokens``."""
     from prosparse_core.mixing import Mixture
-    from prosparse_core.recording import held_out_windows
+    from prosparse_core.prediction.recording import held_out_windows
 
     found: list[Tensor] = []
     for _, tokens in held_out_windows(Mixture(corpora, 0), tokenizer):
@@ -99,7 +99,7 @@ def measure_perplexity(
     """
     from contextlib import nullcontext
 
-    from prosparse_core.predictor_mask import PredictedMask, measure_windows
+    from prosparse_core.prediction.mask import PredictedMask, measure_windows
 
     exact: dict[str, Any] = {}
     for entry in [exact, *entries]:

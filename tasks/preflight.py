@@ -6,13 +6,13 @@ from pathlib import Path
 
 from kernels.build import find_compiler
 from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.planning import shape_of
-from prosparse_core.planning_disk import disk
+from prosparse_core.planning.cost import shape_of
+from prosparse_core.planning.disk import disk
 from prosparse_core.precision import resolve_device
 from prosparse_core.recipe import Recipe, Runtime
 from prosparse_core.store import require_space
 from tasks import base_model
-from tasks.benchmarks import plan_benchmarks
+from tasks.evaluation.benchmarks import plan_benchmarks
 
 
 def check(recipe: Recipe, home: Path) -> None:
@@ -23,7 +23,7 @@ def check(recipe: Recipe, home: Path) -> None:
             is unknown or not allowed, more training processes than GPUs.
         EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
-    from prosparse_core.sources import check_source
+    from prosparse_core.data.sources import check_source
 
     base_model.identity(recipe.model)
     for source in recipe.data.sources:

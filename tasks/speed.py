@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
-from tasks import llama_cpp_peer
-from tasks.decode_timing import RECORDED, Peers, raised_thresholds, time_ways
-from tasks.native_decode import runs_silu, supports
-from tasks.sparse_decode import time_decoding
-from tasks.speed_facts import Reporter
 from tasks.step import Run, Work, provenance
+from tasks.timing import llama_cpp_peer
+from tasks.timing.decode import RECORDED, Peers, raised_thresholds, time_ways
+from tasks.timing.facts import Reporter
+from tasks.timing.native_decode import runs_silu, supports
+from tasks.timing.sparse_decode import time_decoding
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kernels.bench import FFNWeights
-    from prosparse_core.recording import Recording
+    from prosparse_core.prediction.recording import Recording
 
 VERSION = 4
 BATCHES = (2, 4, 8)
@@ -88,7 +88,7 @@ def _build(
     from prosparse_core.decode import ffn_thresholds, why_not_sparse
     from prosparse_core.families import find_ffns
     from prosparse_core.mixing import Mixture
-    from prosparse_core.recording import held_out_windows
+    from prosparse_core.prediction.recording import held_out_windows
     from prosparse_core.variants import load_variant
 
     section = run.recipe.speed
@@ -268,7 +268,7 @@ def _record(model: nn.Module, windows: Sequence[tuple[str, Tensor]], num_tokens:
     """``num_tokens`` inputs per layer, spread over one window of each corpus, in fp32: the masks must be reproduced."""
     import torch
 
-    from prosparse_core.recording import record
+    from prosparse_core.prediction.recording import record
 
     available = sum(tokens.numel() for tokens in _first_of_each_corpus(windows))
     stride = max(1, available // num_tokens)

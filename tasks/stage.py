@@ -140,7 +140,7 @@ def _build(
         runtime=runtime,
     )
     if runtime.is_launched:
-        from prosparse_core.launch import launch
+        from prosparse_core.distributed.launch import launch
 
         work.meta.update(processes=runtime.world_size, parallel=runtime.parallel)
         launch(job, work.progress, run.leader)

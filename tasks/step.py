@@ -19,9 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from prosparse_core.distributed.nodes import Leader
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import Ledger
-from prosparse_core.nodes import Leader
 from prosparse_core.progress import Progress
 from prosparse_core.recipe import Recipe
 from prosparse_core.store import FACTS, Artifact, Store, fingerprint, make_folder, require_space

@@ -64,9 +64,9 @@ CASES = [
 
 def estimate(case: Case) -> tuple[int, dict[str, int], str]:
     """(bytes in all, by term, the moment) as ``prosparse plan`` says them."""
-    from prosparse_core.hardware import CPU
-    from prosparse_core.planning_layout import Layout
-    from prosparse_core.planning_memory import Training, memory
+    from prosparse_core.planning.hardware import CPU
+    from prosparse_core.planning.layout import Layout
+    from prosparse_core.planning.memory import Training, memory
     from prosparse_core.recipe_machine import Shape
 
     shape = Shape(**{k: v for k, v in asdict(case).items() if k in Shape.model_fields})

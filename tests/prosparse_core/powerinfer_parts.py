@@ -13,7 +13,7 @@ import torch
 from models import tiny
 
 from prosparse_core import predictor as predictors
-from prosparse_core.powerinfer_file import GGUF, Value, read_gguf
+from prosparse_core.formats.powerinfer_file import GGUF, Value, read_gguf
 from prosparse_core.predictor import LayerPredictor
 from prosparse_core.store import Artifact
 from prosparse_core.substitute import use_relu

@@ -18,8 +18,8 @@ from prosparse_core.activations import FATReLU, ReLU
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FAMILIES, FAMILY_KEY, LLAMA, Family, family_of, find_ffns, register, require_family
 from prosparse_core.family import FFN, Sizes
+from prosparse_core.prediction.recording import record
 from prosparse_core.recipe_train import L1Reduction
-from prosparse_core.recording import record
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.sparsity import SparsityMeter
 from prosparse_core.substitute import substitute, use_activation, use_relu, use_thresholds

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from tiny_corpora import SEED, SEQ_LEN, digests, notes, real_data
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
+from prosparse_core.data.packing import Encoder
+from prosparse_core.data.sources import split_of
 from prosparse_core.errors import BadInput
 from prosparse_core.mixing import BLOCK, Mixture, block_counts, permutation, prepare
-from prosparse_core.packing import Encoder
 from prosparse_core.recipe import Source
-from prosparse_core.sources import split_of
 
 
 class Watcher:

@@ -16,11 +16,11 @@ from powerinfer_parts import model_folder, random_predictors, rewrite
 
 from prosparse_core import powerinfer
 from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.formats.powerinfer_file import Value, read_gguf
+from prosparse_core.formats.powerinfer_reader import PowerInferModel
+from prosparse_core.formats.powerinfer_verify import require_valid, verify
 from prosparse_core.powerinfer import interleave, one_threshold, scaled, write_powerinfer
-from prosparse_core.powerinfer_file import Value, read_gguf
-from prosparse_core.powerinfer_reader import PowerInferModel
-from prosparse_core.powerinfer_verify import require_valid, verify
-from prosparse_core.predictor_mask import PredictedMask, logit
+from prosparse_core.prediction.mask import PredictedMask, logit
 from prosparse_core.substitute import use_relu
 from prosparse_core.variants import load_model
 

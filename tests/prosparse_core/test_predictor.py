@@ -10,8 +10,8 @@ import torch
 
 from prosparse_core import predictor as predictors
 from prosparse_core.errors import BadInput
+from prosparse_core.prediction.recording import LayerRecording, pack_bits
 from prosparse_core.predictor import LayerPredictor, evaluate, train, weighted_bce
-from prosparse_core.recording import LayerRecording, pack_bits
 
 SETTINGS = {"hidden": 32, "epochs": 12, "batch_size": 64, "lr": 5e-3, "seed": 3}
 

@@ -12,9 +12,9 @@ from models import tiny
 
 from prosparse_core import checkpoint, training
 from prosparse_core.distillation import distillation_loss
+from prosparse_core.distributed.parallel import compile_layers, layers_of
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
-from prosparse_core.parallel import compile_layers, layers_of
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Distill, Stage, Train

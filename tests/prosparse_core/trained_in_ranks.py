@@ -18,11 +18,11 @@ import torch
 from models import tiny
 
 from prosparse_core import checkpoint, training
+from prosparse_core.distributed.parallel import shard
+from prosparse_core.distributed.ranks import ALONE, Ranks, joined
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
-from prosparse_core.parallel import shard
 from prosparse_core.progress import Silent
-from prosparse_core.ranks import ALONE, Ranks, joined
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Distill, Stage, Train
 from prosparse_core.substitute import use_relu

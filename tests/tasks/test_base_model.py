@@ -18,7 +18,7 @@ from prosparse_core.random_model import train_tokenizer
 from prosparse_core.recipe import Model, parse
 from prosparse_core.variants import MODEL, Variant, load_variant
 from tasks.base_model import base_model, check_chain, identity
-from tasks.evaluate_checkpoint import checkpoint, find_checkpoint
+from tasks.evaluation.checkpoint import checkpoint, find_checkpoint
 from tests.tasks.conftest import MODEL as SIZES
 from tests.tasks.conftest import make_run
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from prosparse_core.data.packing import Encoder
 from prosparse_core.errors import BadInput
-from prosparse_core.packing import Encoder
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.substitute import use_relu
 from prosparse_core.variants import THRESHOLDS, Variant

@@ -10,7 +10,7 @@ import pytest
 
 from flows import cli
 from prosparse_core.errors import BadInput
-from prosparse_core.powerinfer_verify import verify
+from prosparse_core.formats.powerinfer_verify import verify
 from prosparse_core.store import Artifact
 from prosparse_core.thresholds import THRESHOLDS
 from prosparse_core.variants import Variant

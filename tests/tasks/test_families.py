@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prosparse_core.errors import BadInput
-from prosparse_core.export_plain import export_hf_relu, export_vllm
+from prosparse_core.formats.plain import export_hf_relu, export_vllm
 from prosparse_core.powerinfer import refuse
 from prosparse_core.recipe import parse
 from prosparse_core.variants import MODEL, Variant, check_folder

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from prosparse_core import predictor as predictors
-from prosparse_core import recording
-from prosparse_core.predictor_mask import PredictedMask, measure_windows
-from prosparse_core.recording import LayerRecording, pack_bits
+from prosparse_core.prediction import recording
+from prosparse_core.prediction.mask import PredictedMask, measure_windows
+from prosparse_core.prediction.recording import LayerRecording, pack_bits
 from prosparse_core.store import Artifact, fingerprint
 from prosparse_core.variants import THRESHOLDS, Variant, load_variant
 from tasks.predictor import RECORDINGS, _side_by_side, predictor

@@ -15,8 +15,8 @@ from kernels import cpu, sparse_ffn
 from kernels.bench import FFNWeights, Row
 from kernels.decoder import Decoder
 from prosparse_core.errors import BadInput
+from prosparse_core.prediction.recording import LayerRecording, Recording, pack_bits
 from prosparse_core.predictor import LayerPredictor, save
-from prosparse_core.recording import LayerRecording, Recording, pack_bits
 from prosparse_core.store import Artifact, fingerprint
 from prosparse_core.variants import THRESHOLDS, Variant
 from tasks import speed as module

@@ -68,7 +68,10 @@ def trainers(of: int) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process(of).children(recursive=True):
         try:
-            if "prosparse_core.trainer" in process.cmdline() and "prosparse_core.launcher" not in process.cmdline():
+            if (
+                "prosparse_core.distributed.trainer" in process.cmdline()
+                and "prosparse_core.distributed.launcher" not in process.cmdline()
+            ):
                 found[int(process.environ()["RANK"])] = process
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue

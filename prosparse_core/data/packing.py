@@ -1,0 +1,266 @@
+"""From documents to token windows of a fixed length: one encoding for training, calibration and evaluation."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from prosparse_core.data.sources import Document
+from prosparse_core.errors import BadInput
+
+PLAIN_FORMAT = ("### Instruction:\n", "\n\n### Response:\n", "")
+"""Before the prompt, between prompt and answer, after the answer: for a tokenizer without a chat template."""
+LOOKAHEAD = 64
+_PROMPT, _ANSWER = "\u27eaprompt\u27eb", "\u27eaanswer\u27eb"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document as the model sees it: ``tokens`` int32 [n], ``mask`` uint8 [n], 1 where the token is a label."""
+
+    document: Document
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class Encoder:
+    """Documents to tokens, in the one format of a tokenizer.
+
+    A text is put between ``prefix`` (BOS, if the tokenizer itself puts it before a text, or if there is no EOS) and
+    ``suffix`` (EOS). An instruction is written by the tokenizer's chat template, or as ``PLAIN_FORMAT`` between the
+    same prefix and suffix; its labels are the answer and the token that ends the turn.
+
+    Raises:
+        BadInput: the tokenizer has neither BOS nor EOS, so documents cannot be told apart.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise BadInput(
+                "the tokenizer has neither a BOS nor an EOS token, so documents cannot be separated",
+                hint="set bos_token or eos_token in the model's tokenizer_config.json",
+            )
+        adds_bos = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+        self.prefix: list[int] = [bos] if adds_bos or eos is None else []
+        self.suffix: list[int] = [] if eos is None else [eos]
+        self.uses_chat_template = bool(tokenizer.chat_template)
+        self._chat: tuple[str, str, str] | None = None
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For the manifest: what stands around documents."""
+        return {
+            "vocab_size": len(self._tokenizer),
+            "bos_token_id": self._tokenizer.bos_token_id,
+            "eos_token_id": self._tokenizer.eos_token_id,
+            "document_prefix": self.prefix,
+            "document_suffix": self.suffix,
+            "instruction_format": "chat_template" if self.uses_chat_template else "plain",
+        }
+
+    def chat_format(self) -> tuple[str, str, str]:
+        """What stands before a prompt, between prompt and answer, and after the answer.
+
+        Raises:
+            BadInput: the chat template refuses a user turn with an answer, or does not write both as they are.
+        """
+        if self._chat is None:
+            self._chat = self._render_chat() if self.uses_chat_template else PLAIN_FORMAT
+        return self._chat
+
+    def _render_chat(self) -> tuple[str, str, str]:
+        import jinja2
+
+        turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            # Templates that write today's date take it from here: the same recipe gives the same tokens every day.
+            text = self._tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024")
+        except jinja2.TemplateError as error:
+            raise BadInput(f"the tokenizer's chat template refuses a prompt and its answer: {error}") from error
+        before, _, rest = text.partition(_PROMPT)
+        between, found, after = rest.partition(_ANSWER)
+        if not found or _PROMPT in between + after or _ANSWER in before + after:
+            raise BadInput(
+                "the tokenizer's chat template does not write the prompt and then the answer, once each",
+                hint="use a text source (column or template) instead of an instruction source",
+            )
+        return before, between, after
+
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+        """The documents in their order."""
+        texts = [d for d in documents if d.prompt is None]
+        chats = [d for d in documents if d.prompt is not None]
+        found = {id(d): e for d, e in zip(texts, self._encode_texts(texts), strict=True)}
+        found.update({id(d): e for d, e in zip(chats, self._encode_chats(chats), strict=True)})
+        return [found[id(d)] for d in documents]
+
+    def encode_in_batches(self, documents: Iterable[Document], max_chars: int = 400_000) -> Iterator[Encoded]:
+        """Lazily, in batches large enough for a fast tokenizer and small enough to stop early."""
+        batch: list[Document] = []
+        for document in documents:
+            batch.append(document)
+            if len(batch) >= 64 or sum(len(d.text) for d in batch) >= max_chars:
+                yield from self.encode(batch)
+                batch = []
+        yield from self.encode(batch)
+
+    def cut(self, document: Document, max_tokens: int) -> Encoded:
+        """The document, shortened at a line end so that it has at most ``max_tokens`` tokens. For texts only."""
+        assert document.prompt is None
+        encoded = self.encode([document])[0]
+        while len(encoded.tokens) > max_tokens:
+            text = encoded.document.text
+            end = max(1, len(text) * max_tokens // (len(encoded.tokens) + 1))
+            end = text.rfind("\n", 0, end) + 1 or end
+            encoded = self.encode([Document(document.id, document.file, text[:end])])[0]
+        return encoded
+
+    def _encode_texts(self, documents: Sequence[Document]) -> Iterator[Encoded]:
+        if not documents:
+            return
+        texts = [d.text for d in documents]
+        found = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for document, ids in zip(documents, found["input_ids"], strict=True):
+            tokens = np.array([*self.prefix, *ids, *self.suffix], dtype=np.int32)
+            yield Encoded(document, tokens, np.ones(len(tokens), dtype=np.uint8))
+
+    def _encode_chats(self, documents: Sequence[Document]) -> Iterator[Encoded]:
+        if not documents:
+            return
+        if not self._tokenizer.is_fast:
+            raise BadInput(
+                "an instruction corpus needs a fast tokenizer, which says where the answer's tokens are",
+                hint="add tokenizer.json to the model's folder",
+            )
+        before, between, after = self.chat_format()
+        heads = [f"{before}{d.prompt}{between}" for d in documents]
+        texts = [f"{head}{d.text}{after}" for head, d in zip(heads, documents, strict=True)]
+        found = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+        )
+        for document, head, ids, offsets in zip(
+            documents, heads, found["input_ids"], found["offset_mapping"], strict=True
+        ):
+            first, last = len(head), len(head) + len(document.text)
+            mask = [int(end > first and start < last) for start, end in offsets]
+            ending = [i for i, (start, _) in enumerate(offsets) if start >= last]
+            turn_end = next((i for i in ending if ids[i] in self._special), None)
+            tokens = list(ids)
+            if turn_end is not None:
+                mask[ending[0] : turn_end + 1] = [1] * (turn_end + 1 - ending[0])
+            else:
+                tokens += self.suffix
+                mask += [1] * len(self.suffix)
+            if not self.uses_chat_template:
+                tokens, mask = self.prefix + tokens, [0] * len(self.prefix) + mask
+            yield Encoded(document, np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class Window:
+    """``tokens`` int32 [seq_len] and ``mask`` uint8 [seq_len]; ``starts``: the documents that begin in it."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    starts: list[Document]
+    num_filler: int = 0
+    """Tokens without a label that repeat the beginning of another document to fill the window."""
+
+
+def pack_texts(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
+    """Documents one after the other, cut every ``seq_len`` tokens; the incomplete end is left out."""
+    tokens, mask = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8)
+    starts: list[Document] = []
+    for item in encoded:
+        tokens, mask = np.concatenate([tokens, item.tokens]), np.concatenate([mask, item.mask])
+        starts.append(item.document)
+        whole = len(tokens) // seq_len * seq_len
+        for at in range(0, whole, seq_len):
+            yield Window(tokens[at : at + seq_len], mask[at : at + seq_len], starts)
+            starts = []
+        tokens, mask = tokens[whole:], mask[whole:]
+
+
+def pack_whole(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
+    """Documents that stay whole: into each window goes the first of the next ``LOOKAHEAD`` documents that still fits.
+
+    What room remains is filled with the beginning of the next document, without labels; that document follows whole.
+    Only a document longer than a window is cut: it starts a window and continues in the following ones. A window with
+    nothing to predict (all of it a long prompt) is left out, since its loss would be 0/0; so is the incomplete end.
+    """
+    source = iter(encoded)
+    waiting: deque[Encoded] = deque()
+    rest: Encoded | None = None
+    starts: list[Document] = []
+    while True:
+        parts: list[Encoded] = []
+        num_filler, room = 0, seq_len
+        while room:
+            if rest is None:
+                while len(waiting) < LOOKAHEAD and (item := next(source, None)) is not None:
+                    waiting.append(item)
+                if not waiting:
+                    return
+                # a window begins with the document that waits longest, whatever its length: none is put off for ever
+                fits = (i for i, item in enumerate(waiting) if len(item.tokens) <= room or room == seq_len)
+                place = next(fits, None)
+                if place is None:
+                    filler = waiting[0]
+                    parts.append(Encoded(filler.document, filler.tokens[:room], np.zeros(room, dtype=np.uint8)))
+                    num_filler, room = room, 0
+                    continue
+                rest = waiting[place]
+                del waiting[place]
+                starts.append(rest.document)
+            parts.append(Encoded(rest.document, rest.tokens[:room], rest.mask[:room]))
+            left = Encoded(rest.document, rest.tokens[room:], rest.mask[room:])
+            room -= len(parts[-1].tokens)
+            rest = left if len(left.tokens) else None
+        mask = np.concatenate([part.mask for part in parts])
+        if mask[1:].any():  # the first token of a window has nothing before it to be predicted from
+            yield Window(np.concatenate([part.tokens for part in parts]), mask, starts, num_filler)
+            starts = []
+
+
+class RowWriter:
+    """Writes a ``.npy`` file of shape [rows, columns] row by row, without knowing how many there will be."""
+
+    def __init__(self, path: Path, columns: int, dtype: type[np.generic]) -> None:
+        self._path, self._columns, self._dtype = path, columns, np.dtype(dtype)
+        self.num_rows = 0
+
+    def __enter__(self) -> RowWriter:
+        self._handle: IO[bytes] = self._path.open("wb")
+        self._data_at = self._write_header()
+        return self
+
+    def add(self, row: np.ndarray) -> None:
+        assert row.shape == (self._columns,)
+        self._handle.write(row.astype(self._dtype).tobytes())
+        self.num_rows += 1
+
+    def _write_header(self) -> int:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.num_rows, self._columns)}
+        np.lib.format.write_array_header_1_0(self._handle, header)
+        return self._handle.tell()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._handle.seek(0)
+            # numpy leaves room for the number of rows to grow, so that the header keeps its length
+            end = self._write_header()
+            assert end == self._data_at
+        finally:
+            self._handle.close()

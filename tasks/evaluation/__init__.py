@@ -1,0 +1,1 @@
+"""How a checkpoint is measured through lm-eval: corpora, benchmarks and their data."""

@@ -1,0 +1,1 @@
+"""How kernels and decoding are timed, and on what."""

@@ -1,0 +1,210 @@
+"""A corpus that comes in shards: the same batches whenever and wherever one begins, in bounded room."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_corpora import SEED, SEQ_LEN, data_of, files, notes
+from tiny_tokenizers import CHAT, tiny_tokenizer
+
+from prosparse_core.data.sources import split_of
+from prosparse_core.data.stream import DESCRIPTION, DocumentStream, Maker, shard_name, states
+from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.mixing import Batch, Mixture, prepare
+from prosparse_core.recipe import Source, parse
+
+SHARDS, SEQUENCES, STEPS = 3, 4, 40
+SHARD_TOKENS = 12 * SEQ_LEN
+
+
+def rows_file(folder: Path, num: int = 300) -> Path:
+    """Rows of a text, and of a question with its answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(2):
+        with open(folder / f"part{part}.jsonl", "w", encoding="utf-8") as file:
+            for i in range(part * num // 2, (part + 1) * num // 2):
+                text = f"row {i} " + " ".join(str(i * 7919 + k * k) for k in range(i % 17 + 4))
+                file.write(json.dumps({"text": text, "q": f"what is {i}?", "a": text}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Streamed rows, streamed instructions, and notes that lie on disk, in a store."""
+    base = tmp_path_factory.mktemp("streams")
+    rows = rows_file(base / "rows")
+    streamed: dict[str, Any] = {"stream": True, "max_tokens": SHARDS * SHARD_TOKENS}
+    data = data_of(
+        files("rows", rows, 0.5, **streamed),
+        files("chats", rows, 0.3, prompt="{q}", answer="{a}", **streamed),
+        files("notes", notes(base / "notes"), 0.2),
+        stream_shards=SHARDS,
+    )
+    folder = base / "store" / "mixture" / "x"
+    folder.mkdir(parents=True)
+    prepare(data, tiny_tokenizer(chat=CHAT), folder, seed=SEED, train_tokens=10_000)
+    return folder
+
+
+@contextlib.contextmanager
+def opened(corpora: Path, work: Path, seed: int = SEED) -> Iterator[Mixture]:
+    with contextlib.closing(Mixture(corpora, seed, work)) as mixture:
+        yield mixture
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels) and a.corpora == b.corpora
+
+
+@pytest.mark.slow
+def test_batches_do_not_depend_on_where_one_begins(corpora: Path, tmp_path: Path) -> None:
+    index = corpora.parents[1] / ".streams" / "x"
+    straight = []
+    most = 0
+    with opened(corpora, tmp_path) as mixture:
+        for step in range(1, STEPS + 1):
+            straight.append(mixture.batch(step, SEQUENCES))
+            there = [p.name.split("-")[0] for p in (tmp_path / "stream").glob("[a-z]*.tokens.npy")]
+            most = max(most, *(there.count(name) for name in ("rows", "chats")))
+    assert 1 <= most <= SHARDS
+    assert not (tmp_path / "stream").exists()
+    assert len(states(index, "rows")) > SHARDS, "more shards than fit at a time"
+    assert {i for batch in straight for i in batch.corpora} == {0, 1, 2}
+    assert len({batch.tokens[i].numpy().tobytes() for batch in straight for i in range(SEQUENCES)}) > 100
+
+    shutil.rmtree(index)  # as on another machine: the shards before are gone over again
+    with opened(corpora, tmp_path) as mixture:
+        for step in range(STEPS // 2, STEPS + 1):
+            assert equal(mixture.batch(step, SEQUENCES), straight[step - 1]), step
+    first = mixture.sample(0)
+    assert first == Mixture(corpora, SEED).sample(0)
+
+
+@pytest.mark.slow
+def test_what_stops_the_preparation_is_said(corpora: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store" / "mixture" / "x"
+    shutil.copytree(corpora, copy)
+    about = json.loads((copy / DESCRIPTION).read_text())
+    about["rows"]["source"]["path"] = str(tmp_path / "gone")
+    (copy / DESCRIPTION).write_text(json.dumps(about))
+    with opened(copy, tmp_path) as mixture, pytest.raises(BadInput, match="source 'rows': nothing to read at"):
+        mixture.batch(1, SEQUENCES)
+
+
+def test_a_preparation_that_was_killed_is_noticed(corpora: Path, tmp_path: Path) -> None:
+    with opened(corpora, tmp_path) as mixture:
+        assert mixture._streams is not None
+        start = mixture._streams._start
+
+        def start_and_kill(first: dict[str, int]) -> None:
+            start(first)
+            assert mixture._streams is not None
+            assert mixture._streams._process is not None
+            mixture._streams._process.kill()
+
+        mixture._streams._start = start_and_kill  # type: ignore[method-assign]
+        with pytest.raises(ProSparseError, match="prepares the stream ended with code -9"):
+            mixture.batch(1, SEQUENCES)
+
+
+def made(corpora: Path, name: str, folder: Path, num: int) -> list[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """(first window, tokens, mask) of the first shards of a corpus, made one after the other in this process."""
+    import numpy as np
+
+    for part in ("index", "scratch"):
+        (folder / part).mkdir(parents=True)
+    about = json.loads((corpora / DESCRIPTION).read_text())[name]
+    maker = Maker(about, tiny_tokenizer(chat=CHAT), folder / "index", folder / "scratch")
+    found = []
+    number, start, position = 0, 0, None
+    for number in range(num):
+        state = maker.make(number, start, position, needed=0)
+        assert state.windows >= about["windows_per_shard"]
+        path = folder / "scratch" / f"{shard_name(name, number)}.tokens.npy"
+        mask = path.with_name(path.name.replace(".tokens.", ".mask."))
+        found.append(
+            (start, torch.from_numpy(np.load(path)), torch.from_numpy(np.load(mask)) if mask.exists() else None)
+        )
+        start, position = state.end, state.ends
+    assert [s.number for s in states(folder / "index", name)] == list(range(num))
+    return found
+
+
+def test_a_stream_holds_every_training_document_and_no_held_out_one(corpora: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=CHAT)
+    shards = made(corpora, "rows", tmp_path, 24)
+    text = "".join(tokenizer.decode(tokens.flatten()) for _, tokens, _ in shards)
+    rows = [json.loads(s) for p in sorted((corpora.parents[2] / "rows").iterdir()) for s in p.read_text().splitlines()]
+    mixture = Mixture(corpora, SEED)
+    held_out = {d.text for split in ("calibration", "evaluation") for d in mixture.held_out(split, "rows")}
+    from prosparse_core.data.sources import _Renderer
+
+    render = _Renderer(Source(name="rows", kind="files", weight=1, path="x"))
+    trained = [r["text"] for r in rows if split_of(render(r, id="").file) == "train"]  # type: ignore[union-attr]
+    assert not [t for t in held_out if t + "</s>" in text]
+    missing = [t for t in trained if t + "</s>" not in text]
+    assert len(trained) > 200
+    assert len(missing) <= 2 * len(shards), "at most the ends of shards"
+
+
+def test_instructions_keep_their_masks(corpora: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=CHAT)
+    for _, tokens, mask in made(corpora, "chats", tmp_path, 2):
+        assert mask is not None
+        assert 0.2 < mask.float().mean() < 0.95
+        labels = tokenizer.decode(tokens[mask.bool()])
+        assert "row" in labels
+        assert "what is" not in labels
+
+
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_source_goes_on_from_any_position(kind: str, tmp_path: Path) -> None:
+    rows_file(tmp_path / "rows", 20)
+    notes(tmp_path / "rows" / "notes", 3) if kind == "files" else None
+    source = Source(name="rows", kind=kind, weight=1, path=str(tmp_path / "rows"), stream=True)  # type: ignore[arg-type]
+    straight = list(itertools.islice(DocumentStream(source, SEED, None), 60))  # more than two epochs
+    assert len({d.id for d in straight}) == (23 if kind == "files" else 20)
+    for stop in (1, 10, 19, 20, 23, 41):
+        stream = DocumentStream(source, SEED, None)
+        list(itertools.islice(stream, stop))
+        position = json.loads(json.dumps(stream.position))
+        rest = list(itertools.islice(DocumentStream(source, SEED, position), 60 - stop))
+        assert [d.text for d in rest] == [d.text for d in straight[stop:]], stop
+
+
+def test_a_source_without_training_text_is_refused(corpora: Path, tmp_path: Path) -> None:
+    about = json.loads((corpora / DESCRIPTION).read_text())["rows"]
+    about["seq_len"] = 10_000_000
+    with pytest.raises(BadInput, match="fewer training tokens than one window"):
+        Maker(about, tiny_tokenizer(chat=CHAT), tmp_path, tmp_path).make(0, 0, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"kind": "python-code"}, "is small: it cannot be streamed"),
+        ({"max_tokens": 4 * 60}, "a shard must hold one window"),
+        ({"max_tokens": 600}, "the 512 tokens of a step"),
+    ],
+)
+def test_streams_that_cannot_work_are_refused(source: dict[str, Any], said: str) -> None:
+    raw = {
+        "name": "a",
+        "description": "b",
+        "model": {"id": "m", "source": "random:llama"},
+        "data": {
+            "seq_len": SEQ_LEN,
+            "sources": [{"name": "s", "kind": "files", "path": "x", "weight": 1, "stream": True, **source}],
+        },
+        "train": {"tokens_per_step": 512, "lr": 1e-3, "stages": [{"until_step": 1, "l1": 0}]},
+    }
+    with pytest.raises(BadInput, match=said):
+        parse(raw)

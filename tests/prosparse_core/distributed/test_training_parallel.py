@@ -1,0 +1,144 @@
+"""Two processes against one: equal losses step by step, resumed by any number of processes, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trained_in_ranks import MODES, Notes, interrupted, train
+
+from prosparse_core.distributed.ranks import ALONE, joined
+from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.recipe import parse
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parents[1]
+NUMBERS = ("lm_loss", "l1", "sparsity", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes found; they start once for all tests. Checkpoints of one process wait for them."""
+    for mode in ("ddp", "fsdp"):
+        interrupted(folder / f"{mode}-by-1", mode)
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    programs = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "trained_in_ranks.py"), str(rank), str(port), str(folder)],
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [program.communicate(timeout=300)[0] for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+    assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def assert_equal_steps(log: list[dict[str, Any]], other: list[dict[str, Any]], rel: float = 1e-5) -> None:
+    assert [e["step"] for e in log] == [e["step"] for e in other]
+    for a, b in zip(log, other, strict=True):
+        for name in NUMBERS:
+            assert a[name] == pytest.approx(b[name], rel=rel), (name, a["step"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_equal_one_step_by_step(mode: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone, _ = train(tmp_path, mode)
+    assert len(alone) == 7
+    # bf16 rounds products to 8 bits, of which sums in another order leave a little
+    assert_equal_steps(ranks[0][mode], alone, rel=3e-3 if "bf16" in mode else 1e-5)
+
+
+def test_one_process_that_passes_the_same_halves_is_equal_to_the_bit(
+    ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Doubling and halving are exact: what rounding differs by is how large a batch a product sums over."""
+    alone, _ = train(tmp_path, "ddp-halves")
+    for a, b in zip(ranks[0]["ddp-halves"], alone, strict=True):
+        assert {n: a[n] for n in ("l1", "sparsity", "grad_norm")} == {n: b[n] for n in ("l1", "sparsity", "grad_norm")}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_the_number_of_processes_may_change_on_resume(
+    mode: str, ranks: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    straight, _ = train(tmp_path, mode)
+    assert_equal_steps(ranks[0][f"{mode}-by-1"], straight)  # saved by one process, resumed by two
+    notes = Notes()
+    resumed, _ = train(folder / f"{mode}-for-1", mode, ALONE, notes)  # saved by two, resumed by one
+    assert_equal_steps(resumed, straight)
+    assert "2 processes" in notes.notes[0]
+    assert "bitwise" in notes.notes[0]
+    assert notes.notes[1] == "resuming after step 4"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_resume_to_the_bit(mode: str, ranks: list[dict[str, Any]]) -> None:
+    for a, b in zip(ranks[0][mode], ranks[0][f"{mode}-by-2"], strict=True):
+        assert {n: a[n] for n in NUMBERS} == {n: b[n] for n in NUMBERS}
+
+
+def test_ranks_that_see_something_else_are_named(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["digests"].startswith("BadInput: ")
+        assert "rank 1 has another data than rank 0: digest 1, not digest 0" in found["digests"]
+        assert "model" not in found["digests"]
+
+
+def test_a_full_disk_of_one_rank_leaves_the_checkpoint_before(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["full"]["said"].startswith("EnvironmentProblem: the disk of ")
+        assert "the checkpoint before" in found["full"]["said"]
+        assert found["full"]["left"] == ["step-00000003"]
+        assert found["full"]["resumes"] == [3, {}]
+
+
+def test_a_checkpoint_of_another_model_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert "[53, 32] here, [61, 32] there" in found["other"]["narrow"]
+        assert "belongs to another model (delete that folder" in found["other"]["named"]
+
+
+def test_the_number_of_processes_is_never_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ProSparseError, match="1 training processes were started, the recipe asks for 2"):
+        joined(2, "cpu").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("processes", "nodes", "near"), [(3, 1, "2 or 4"), (5, 1, "4 or 8"), (2, 3, "4 or 8"), (9, 1, "8")]
+)
+def test_processes_that_do_not_divide_a_step_are_refused(processes: int, nodes: int, near: str) -> None:
+    raw = {
+        "name": "a",
+        "description": "b",
+        "model": {"id": "m", "source": "random:llama"},
+        "data": {"seq_len": 16, "sources": [{"name": "code", "kind": "python-code", "weight": 1}]},
+        "train": {"tokens_per_step": 128, "lr": 1e-3, "stages": [{"until_step": 1, "l1": 0}]},
+        "runtime": {"processes": processes, "nodes": nodes},
+    }
+    with pytest.raises(BadInput, match=rf"divide the 8 sequences .* the nearest that do: {near}$"):
+        parse(raw)

@@ -1,0 +1,206 @@
+"""The plan: sizes as transformers counts them, memory as torch keeps it, ways out that really are ones."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import memory_runs
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flows import cli
+from prosparse_core import recipe as recipes
+from prosparse_core.errors import BadInput
+from prosparse_core.loss import next_token_loss
+from prosparse_core.planning import cost as planning
+from prosparse_core.planning.hardware import DEVICES, GPUS, find_device
+from prosparse_core.planning.layout import Asked, lay_out
+from prosparse_core.planning.memory import layer_bytes
+from prosparse_core.planning.shapes import Weights
+from prosparse_core.precision import autocast
+from prosparse_core.recipe_machine import Shape
+from prosparse_core.recipe_train import L1Reduction
+from prosparse_core.regularizer import L1Regularizer
+from prosparse_core.substitute import use_relu
+
+SHAPE = Shape(num_layers=3, d_model=96, d_ff=250, vocab_size=512, num_heads=6, num_kv_heads=2)
+NAMES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "vocab_size": "vocab_size",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "tie_word_embeddings": "tied",
+}
+
+
+def model_of(shape: Shape, model_type: str = "llama", device: str = "cpu") -> Any:
+    config = AutoConfig.for_model(model_type, **{ours: getattr(shape, name) for ours, name in NAMES.items()})
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("model_type", "gated"), [("llama", True), ("gpt_neox", False)])
+def test_weights_are_those_of_the_model(tied: bool, model_type: str, gated: bool) -> None:
+    shape = SHAPE.model_copy(update={"tied": tied, "gated": gated, "num_kv_heads": 2 if gated else 6})
+    model = model_of(shape, model_type, "meta")
+    named = [(n, p.numel()) for n, p in model.named_parameters() if not n.endswith("bias")]
+    assert Weights.of(shape).all == sum(numel for _, numel in named)
+
+
+def test_the_extrapolated_model_is_as_large_as_the_one_it_is_named_after() -> None:
+    assert Weights.of(recipes.load("llama2-70b").model.shape or SHAPE).all == 68_976_648_192
+
+
+def kept_bytes(shape: Shape, precision: Any, tokens: torch.Tensor) -> int:
+    """Distinct bytes that autograd keeps for the backward pass of our loss, the weights themselves left out."""
+    torch.manual_seed(0)
+    model = model_of(shape).train()
+    use_relu(model)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with L1Regularizer(model, L1Reduction()) as regularizer:
+        regularizer.l1_lambda = 1.0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with autocast(precision):
+                logits = model(input_ids=tokens, use_cache=False).logits
+            next_token_loss(logits, tokens)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_layer_keeps_what_the_plan_says(precision: Any) -> None:
+    """One more layer keeps exactly that much more, but for a few numbers a token."""
+    tokens = torch.randint(0, 512, (2, 96))
+    more = kept_bytes(SHAPE.model_copy(update={"num_layers": 4}), precision, tokens)
+    one = more - kept_bytes(SHAPE, precision, tokens)
+    casts = 2 * Weights.of(SHAPE).layer_matrices if precision == "bf16" else 0
+    planned = layer_bytes(SHAPE, tokens.numel(), precision) + casts
+    assert planned == pytest.approx(one, rel=0.01)
+    assert planned <= one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [memory_runs.CASES[0], memory_runs.CASES[3]], ids=lambda c: f"{c.name}-{c.precision}")
+def test_the_peak_of_a_process_that_trains_is_within_15_percent(case: memory_runs.Case) -> None:
+    """``make memory`` does this at three sizes."""
+    assert memory_runs.estimate(case)[0] == pytest.approx(memory_runs.measure(case), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "llama2-7b --gpus 1",
+        "llama2-7b --gpu a100-40g --gpus 8 --micro-batch 8",
+        "llama2-7b --gpu rtx4090 --gpus 8",
+        "llama2-13b --gpu l40s --gpus 8 --parallel ddp",
+        "llama2-70b --gpu a100-80g --gpus 8",
+        "minicpm-1b --gpu rtx3090 --gpus 8",
+    ],
+)
+def test_every_way_out_fits_when_it_is_taken(arguments: str) -> None:
+    def plan(words: str) -> planning.Cost:
+        parsed = cli.build_parser().parse_args(["plan", *shlex.split(words)])
+        recipe = recipes.load(parsed.recipe)
+        asked = Asked(**{name: getattr(parsed, name) for name in Asked.__dataclass_fields__})
+        shape = planning.shape_of(recipe.model)
+        assert shape is not None
+        return planning.cost(recipe, shape, asked=asked)
+
+    cost = plan(arguments)
+    assert not cost.fit.fits
+    assert cost.fit.ways_out
+    for way in cost.fit.ways_out:
+        assert plan(f"{arguments} {way}").fit.fits, way
+
+
+def test_sharding_and_checkpointing_save_what_they_are_for() -> None:
+    recipe = recipes.load("llama2-7b")
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+
+    def terms(**asked: Any) -> dict[str, int]:
+        return planning.cost(recipe, shape, asked=Asked(gpu="b200", **asked)).memory.terms
+
+    ddp, fsdp = terms(gpus=8, parallel="ddp"), terms(gpus=8, parallel="fsdp")
+    assert fsdp["optimizer"] == pytest.approx(ddp["optimizer"] / 8, abs=1)
+    assert fsdp["activations"] == ddp["activations"]
+    checkpointed = terms(gpus=8, parallel="fsdp", gradient_checkpointing=True)
+    assert checkpointed["activations"] < fsdp["activations"] / 10
+    whole, part = terms(gpus=8, parallel="fsdp", micro_batch=4), fsdp
+    assert whole["activations"] == pytest.approx(4 * part["activations"], rel=1e-6)
+
+
+def test_more_gpus_take_less_time_and_checkpointing_a_third_more() -> None:
+    recipe = recipes.load("llama2-7b")
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    eight = planning.cost(recipe, shape, asked=Asked(gpus=8, parallel="fsdp"))
+    more = planning.cost(recipe, shape, asked=Asked(gpus=8, nodes=2, parallel="fsdp"))
+    again = planning.cost(recipe, shape, asked=Asked(gpus=8, parallel="fsdp", gradient_checkpointing=True))
+    assert more.hours == pytest.approx(eight.hours / 2)
+    assert again.hours == pytest.approx(eight.hours * 4 / 3, rel=0.01)
+    assert eight.flops == more.flops == again.flops
+
+
+def test_a_comparison_costs_what_its_rows_train_once() -> None:
+    recipe = recipes.load("smollm2-135m-compare")
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    one, all_ = planning.cost(recipe, shape), planning.comparison_cost(recipe, shape)
+    assert all_.tokens > 5 * one.tokens
+    assert all_.disk.stages["all"] > 5 * one.disk.stages["all"]
+    assert all_.disk.stages["last"] < all_.disk.stages["all"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "hint"),
+    [
+        (Asked(gpu="h100"), "unknown device 'h100'", "h100-80g"),
+        (Asked(gpu="a100"), "unknown device 'a100'", "a100-40g or a100-80g"),
+        (Asked(gpu="rtx4080"), "unknown device 'rtx4080'", "rtx4090"),
+        (Asked(gpus=7), "7 ranks do not divide the 512 sequences", "8 ranks would"),
+        (Asked(gpus=8, nodes=3), "24 ranks do not divide", "16"),
+        (Asked(micro_batch=5), "a micro batch of 5 does not divide the 64 sequences", "4"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(asked: Asked, message: str, hint: str) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        lay_out(recipes.load("llama2-7b"), asked)
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_cpu_has_cores_and_no_gpus() -> None:
+    with pytest.raises(BadInput, match="about GPUs"):
+        lay_out(recipes.load("smollm2-135m"), Asked(gpus=2))
+    layout, _ = lay_out(recipes.load("smollm2-135m"))
+    assert (layout.world, layout.count, layout.parallel) == (1, 2, "single")
+
+
+def test_devices_are_found_as_people_write_them() -> None:
+    assert find_device("A100-80GB").name == "a100-80g"
+    assert find_device("RTX 4090").name == "rtx4090"
+    assert all(gpu.source and gpu.peak_flops > 5e13 and gpu.bytes_per_s > 2e11 for gpu in GPUS)
+    assert {"a100-40g", "a100-80g", "h100-80g", "h200", "l40s", "rtx4090"} <= set(DEVICES)
+
+
+def test_the_extrapolated_recipe_says_that_it_is_one_and_plans_on_64_gpus() -> None:
+    recipe = recipes.load("llama2-70b")
+    assert "extrapolation" in recipe.description
+    assert "not calibrated" in recipe.description
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    cost = planning.cost(recipe, shape, asked=Asked(gpu="h100-80g", gpus=8, nodes=8))
+    assert cost.fit.fits
+    assert cost.layout.parallel == "fsdp"
+    assert cost.keep == "last"

@@ -1,0 +1,228 @@
+"""The suite on a tiny model and a made-up mirror: the paper's rule by hand, against plain torch, and in every row."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prosparse_core.errors import BadInput
+from prosparse_core.recipe import Evaluate
+from prosparse_core.variants import Variant
+from tasks.evaluate import Evaluation, evaluate
+from tasks.evaluation.benchmarks import BENCHMARKS, averages, plan_benchmarks
+from tasks.evaluation.held_out import Score
+from tasks.evaluation.measure_benchmarks import group_scores, measure_benchmarks, with_paper_rule
+from tests.tasks.held_out_files import CONFIG, make_model
+from tests.tasks.mini_hub import DATA, PIQA, write_mini_hub, write_parquet
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mini_hub(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+def measured(
+    tiny: tuple[Any, Any], hub: Path, *names: str, limit: int | None = None, batch_size: int = 2
+) -> Evaluation:
+    planned, datasets = plan_benchmarks(Evaluate(benchmarks=list(names), datasets=str(hub), run_code=True))
+    return measure_benchmarks(*tiny, planned, datasets, precision="fp32", batch_size=batch_size, limit=limit)
+
+
+def by_task(found: Evaluation) -> dict[tuple[str | None, str], Score]:
+    return {(s.task, s.metric): s for s in found.scores}
+
+
+class Judge:
+    """A multiple-choice task whose right answer is the first."""
+
+    def process_results(self, doc: Any, results: list[tuple[float, bool]]) -> dict[str, float]:
+        return {"acc": float(max(range(len(results)), key=lambda i: results[i][0]) == doc["gold"])}
+
+
+def test_the_paper_s_rule_by_hand() -> None:
+    """-6 over 4 tokens is a perplexity of e^1.5, -5 over 2 of e^2.5, -4.2 over 2 of e^2.1."""
+    counts = {("q", " long answer here"): 4, ("q", " short"): 2, ("q", " other"): 2}
+    sample = {
+        "doc": {"gold": 0},
+        "arguments": [("q", " long answer here"), ("q", " short"), ("q", " other")],
+        "filtered_resps": [(-6.0, False), (-5.0, False), (-4.2, False)],
+    }
+    other = {**sample, "doc": {"gold": 2}}
+    harness = Score("acc", 0.5, 0.5, 2, True, task="t", headline=True)
+    norm = Score("acc_norm", 1.0, 0.0, 2, True, task="t")
+    ours, acc, acc_norm = with_paper_rule(Judge(), [sample, other], [harness, norm], counts, "acc_ppl")
+    assert (ours.metric, ours.value, ours.stderr, ours.headline) == ("acc_ppl", 0.5, 0.5, True)
+    assert (acc.headline, acc_norm.headline) == (False, False)
+    only_first, *_ = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc_ppl")
+    assert only_first.value == 1.0, "the summed log-likelihood would have taken the third"
+    kept = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc")
+    assert [(s.metric, s.headline) for s in kept] == [("acc_ppl", False), ("acc", True), ("acc_norm", False)]
+
+
+def test_piqa_equals_plain_torch(tiny: tuple[Any, Any], hub: Path) -> None:
+    model, tokenizer = tiny
+    right = {"acc_ppl": 0, "acc": 0, "acc_norm": 0}
+    for row in PIQA:
+        head = [tokenizer.bos_token_id, *tokenizer(f"Question: {row['goal']}\nAnswer:")["input_ids"]]
+        sums, means, norms = [], [], []
+        for answer in (row["sol1"], row["sol2"]):
+            ids = tokenizer(f"Question: {row['goal']}\nAnswer: {answer}")["input_ids"]
+            whole = torch.tensor([[tokenizer.bos_token_id, *ids]])
+            with torch.no_grad():
+                logits = model(input_ids=whole[:, :-1]).logits[0, len(head) - 1 :].double()
+            nll = torch.nn.functional.cross_entropy(logits, whole[0, len(head) :], reduction="sum")
+            sums.append(-float(nll))
+            means.append(-float(nll) / (whole.shape[1] - len(head)))
+            norms.append(-float(nll) / len(answer))
+        for name, values in (("acc_ppl", means), ("acc", sums), ("acc_norm", norms)):
+            right[name] += values.index(max(values)) == row["label"]
+    found = by_task(measured(tiny, hub, "piqa"))
+    for name, count in right.items():
+        assert found["piqa", name].value == pytest.approx(count / 3)
+        p = count / 3
+        assert found["piqa", name].stderr == pytest.approx(math.sqrt(p * (1 - p) / 2))
+    assert found["piqa", "acc_ppl"].headline
+
+
+def test_every_benchmark_of_the_paper_has_its_rows(tiny: tuple[Any, Any], hub: Path) -> None:
+    found = measured(tiny, hub, "paper", limit=1)
+    scores = by_task(found)
+    for benchmark in BENCHMARKS:
+        score = scores[benchmark.harness, benchmark.headline]
+        assert score.headline
+        assert score.value is not None
+        assert 0 <= score.value <= 1
+        assert score.num_fewshot == benchmark.num_fewshot
+    partial = {task for (task, metric), s in scores.items() if s.partial and s.value is not None}
+    assert {"piqa", "gsm8k", "mmlu_anatomy", "bbh_fewshot", "agieval_en", "mbpp"} <= partial
+    assert not {"hellaswag", "winogrande", "copa", "boolq", "humaneval"} & partial, "they have one question"
+    missing = {task: s.note for (task, _), s in scores.items() if s.value is None}
+    assert missing["bbh_fewshot_snarks"] == f"dataset SaylorTwift/bbh has no configuration snarks in {hub}"
+    assert len([task for task in missing if str(task).startswith("mmlu_")]) == 56
+    assert scores["bbh_fewshot", "exact_match,strip"].note.startswith(
+        "mean of 2 of 27 tasks: without bbh_fewshot_causal"
+    )
+    assert scores["agieval_en", "acc_ppl"].value == pytest.approx(
+        (scores["agieval_sat_en", "acc_ppl"].value + scores["agieval_math", "acc"].value) / 2
+    )
+    assert "at most 48 tokens" not in scores["humaneval", "pass@1"].note
+    assert "one greedy sample; 1 " in scores["humaneval", "pass@1"].note
+    assert scores["lambada_openai", "perplexity"].higher_is_better is False
+    assert set(found.seconds) == {b.name for b in BENCHMARKS}
+    assert found.conditions["benchmark_max_length"] == CONFIG["max_position_embeddings"]
+    assert json.dumps([s.value for s in found.scores], allow_nan=False)
+
+
+def test_twice_the_same_examples_and_answers(tiny: tuple[Any, Any], hub: Path) -> None:
+    first = measured(tiny, hub, "gsm8k", "bbh", "mmlu")
+    again = measured(tiny, hub, "gsm8k", "bbh", "mmlu", batch_size=1)
+    assert [(s.task, s.metric, s.value) for s in first.scores] == [(s.task, s.metric, s.value) for s in again.scores]
+
+
+def test_the_space_before_an_answer_is_no_error(
+    tiny: tuple[Any, Any], hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The made-up tasks have one answer "True" and one "(A)" each; the harness's own exact match finds none of them."""
+    answer = tiny[1](" True", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(
+        "tasks.evaluation.scoring.decode_greedily", lambda model, prompts, *a, **k: [answer] * len(prompts)
+    )
+    found = by_task(measured(tiny, hub, "bbh"))
+    assert found["bbh_fewshot_navigate", "exact_match,strip"].value == 0.5
+    assert found["bbh_fewshot_navigate", "exact_match"].value == 0.0
+    assert (found["bbh_fewshot", "exact_match,strip"].value, found["bbh_fewshot", "exact_match,strip"].n) == (0.5, 4)
+    assert found["bbh_fewshot", "exact_match,by_question"].value == 0.0
+    assert [metric for (task, metric), s in found.items() if task == "bbh_fewshot" and s.headline] == [
+        "exact_match,strip"
+    ]
+
+
+def test_any_task_of_the_harness_with_its_own_settings(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    choices = {"text": ["a stone", "a bird"], "label": ["A", "B"]}
+    row = {"id": "1", "question": "What flies?", "choices": choices, "answerKey": "B"}
+    hub = write_mini_hub(tmp_path, {"allenai/ai2_arc": {"ARC-Easy": {"test": [row]}}})
+    found = by_task(measured(tiny, hub, "arc_easy"))
+    assert [metric for _, metric in found] == ["acc_ppl", "acc", "acc_norm"]
+    assert found["arc_easy", "acc"].headline
+
+
+def test_data_that_do_not_fit_are_n_a_with_the_reason(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    rows = [{"question": "odd", "nothing": "else"}]
+    few = {"main": {"train": DATA["openai/gsm8k"]["main"]["train"][:3], "test": DATA["openai/gsm8k"]["main"]["test"]}}
+    hub = write_mini_hub(tmp_path, {"allenai/ai2_arc": {"ARC-Easy": {"test": rows}}, "openai/gsm8k": few})
+    found = measured(tiny, hub, "arc_easy", "gsm8k")
+    assert {s.value for s in found.scores} == {None}
+    assert found.scores[0].note.startswith("dataset allenai/ai2_arc does not fit lm-eval's arc_easy: ")
+    assert found.scores[1].note == "dataset openai/gsm8k has 3 examples, 8 are to be shown"
+
+
+def test_groups_are_means_of_their_tasks() -> None:
+    (bbh,) = [b for b in BENCHMARKS if b.name == "bbh"]
+    one = Score("exact_match,strip", 0.2, 0.03, 100, True, task="bbh_fewshot_a", headline=True, num_fewshot=3)
+    two = Score("exact_match,strip", 0.8, 0.04, 300, True, task="bbh_fewshot_b", headline=True, num_fewshot=3)
+    paper, by_question = group_scores(bbh, [one, two], {"bbh_fewshot_c": "why"})
+    assert (paper.task, paper.metric, paper.headline, paper.n) == ("bbh_fewshot", "exact_match,strip", True, 400)
+    assert paper.value == pytest.approx(0.5)
+    assert paper.stderr == pytest.approx(0.025)
+    assert paper.note == "mean of 2 of 3 tasks: without bbh_fewshot_c"
+    assert (by_question.metric, by_question.headline) == ("exact_match,strip,by_question", False)
+    assert by_question.value == pytest.approx(0.65)
+    assert group_scores(bbh, [], {"bbh_fewshot_c": "why"}) == []
+
+
+def test_a_limit_below_one_is_refused(tiny: tuple[Any, Any], hub: Path) -> None:
+    with pytest.raises(BadInput, match="limit=0"):
+        measured(tiny, hub, "piqa", limit=0)
+
+
+def test_the_step_measures_corpora_and_benchmarks_and_knows_its_data(base: Any, tmp_path: Path) -> None:
+    hub = write_mini_hub(tmp_path / "hub", {name: DATA[name] for name in ("baber/piqa", "lighteval/siqa")})
+    section = {"batch_size": 3, "limit": 2, "benchmarks": ["commonsense"], "datasets": str(hub)}
+    run, _ = base.run(evaluate=section)
+    variant = Variant("original", base.dense, "original")
+    artifact = evaluate(run, variant, base.corpora)
+    lines = map(json.loads, (artifact.path / "facts.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = {(r["task"], r["metric"]): r for r in lines if r["table"] == "evaluations" and r["task"]}
+    piqa = rows["piqa", "acc_ppl"]
+    assert (piqa["limit"], piqa["batch_size"], piqa["dtype"], piqa["headline"]) == (2, 3, "fp32", True)
+    assert rows["social_iqa", "acc"]["limit"] is None, "one question: nothing was cut"
+    assert rows["hellaswag", "acc_ppl"]["note"] == f"dataset Rowan/hellaswag not found in {hub}"
+    assert {"code", "more"} <= artifact.meta()["perplexity"].keys()
+    board = run.ledger.query(
+        f"SELECT commonsense, average, partial, not_measured FROM leaderboard WHERE run_id = '{run.run_id}'"
+    ).records()
+    assert board[0]["commonsense"] == pytest.approx((piqa["value"] + rows["social_iqa", "acc_ppl"]["value"]) / 2)
+    assert board[0]["average"] is None
+    assert board[0]["partial"] is True
+    assert f"copa: dataset aps/super_glue not found in {hub}" in board[0]["not_measured"]
+
+    alone = evaluate(run, variant, None)
+    assert alone.meta()["perplexity"] == {}
+    assert evaluate(run, variant, None).digest == alone.digest
+    assert run.history[-1][2] == "cached"
+    write_parquet(hub / "baber/piqa/default/validation.parquet", PIQA[:2])
+    evaluate(run, variant, None)
+    assert run.history[-1][2] == "done", "other data, another result"
+    with pytest.raises(BadInput, match="runs code"):
+        evaluate(base.run(evaluate={"benchmarks": ["mbpp"]})[0], variant, None)
+
+
+def test_the_ledger_s_leaderboard_has_the_paper_s_averages(base: Any, hub: Path) -> None:
+    section = {"batch_size": 3, "limit": 1, "benchmarks": ["paper"], "datasets": str(hub), "run_code": True}
+    run, _ = base.run(evaluate=section)
+    artifact = evaluate(run, Variant("original", base.dense, "original"), None)
+    ours = {a.name: a.value for a in averages(artifact.meta()["benchmarks"])}
+    assert None not in ours.values()
+    columns = ", ".join(ours)
+    (board,) = run.ledger.query(f"SELECT {columns} FROM leaderboard WHERE run_id = '{run.run_id}'").records()
+    assert board == pytest.approx(ours)
