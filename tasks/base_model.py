@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -256,17 +257,34 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     check_gguf(path)
     work.progress.note(f"dequantising {path.name}")
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    require_family(_with_family(config.to_dict(), model), where=str(path))
-    with _reported(gguf_reader, work):
+    with _read_once(), _reported(gguf_reader, work):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        require_family(_with_family(config.to_dict(), model), where=str(path))
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     fresh = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=torch.float32)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     _require_fit(fresh, model)
     fresh.save_pretrained(target)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers opens a GGUF four times, vocabulary and all, and lists its names anew for each tensor."""
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    for name, function in before.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 @contextlib.contextmanager

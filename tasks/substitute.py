@@ -7,8 +7,8 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
 from tasks.step import Run, Work
 
-VERSION = 2
-CLIFF_TOKENS = 4096
+VERSION = 3
+CLIFF_TOKENS = 2048
 """Of each corpus: the fall is by a factor of thousands."""
 
 
