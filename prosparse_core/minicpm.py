@@ -1,6 +1,6 @@
 """MiniCPM checkpoints without the code that comes with them: the same weights are a Granite, which transformers has.
 
-MiniCPM is LLaMA with three factors (see ``export_plain``), Granite is LLaMA with four. Embeddings times ``scale_emb``:
+MiniCPM is LLaMA with three factors (see ``formats.plain``), Granite is LLaMA with four. Embeddings times ``scale_emb``:
 ``embedding_multiplier``. Blocks times ``scale_depth / sqrt(layers)``: ``residual_multiplier``. The last hidden state
 over ``hidden / dim_model_base``: the logits over ``logits_scaling``. LLaMA's own 1 / sqrt(head size):
 ``attention_multiplier``. The weights have the same names.
