@@ -226,6 +226,7 @@ SettingName = Literal[
     "exponential_ramp",
     "drelu",
     "distilled",
+    "distilled_equal_time",
     "closed_loop",
 ]
 
@@ -259,6 +260,8 @@ class Compare(Section):
     """Where closed_loop steers to, before thresholds."""
     distill: Distill | None = None
     """How distilled learns from the dense original."""
+    distill_slowdown: float | None = Field(default=None, gt=1)
+    """How many times as long a step of distilled takes: distilled_equal_time has that many times fewer steps."""
     seeds: dict[SettingName, list[int]] = {}
     """Further seeds (data order after stage 0) of some settings."""
     imported: list[Imported] = []
@@ -272,10 +275,14 @@ class Compare(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Compare:
-        needs = {"shifted_relu": "shift", "closed_loop": "target_sparsity", "distilled": "distill"}
-        missing = [
-            f"{s} needs compare.{key}" for s, key in needs.items() if s in self.settings and not getattr(self, key)
+        needs = [
+            ("shifted_relu", "shift"),
+            ("closed_loop", "target_sparsity"),
+            ("distilled", "distill"),
+            ("distilled_equal_time", "distill"),
+            ("distilled_equal_time", "distill_slowdown"),
         ]
+        missing = [f"{s} needs compare.{key}" for s, key in needs if s in self.settings and not getattr(self, key)]
         if missing:
             raise ValueError("; ".join(missing))
         absent = [s for s in self.seeds if s not in self.settings]

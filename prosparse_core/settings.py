@@ -124,6 +124,18 @@ def _distilled(recipe: Recipe) -> list[Train | None]:
     return [_varied(recipe.train, [{**s.model_dump(), "distill": teach} for s in recipe.train.stages])]
 
 
+def _distilled_equal_time(recipe: Recipe) -> list[Train | None]:
+    """The stages of distilled, shortened until they take as long as the same stages without a teacher."""
+    slowdown = recipe.compare.distill_slowdown
+    assert recipe.compare.distill is not None
+    assert slowdown is not None
+    teach, stages, last = recipe.compare.distill.model_dump(), [], 0
+    for stage in recipe.train.stages:
+        last = max(last + 1, round(stage.until_step / slowdown))
+        stages.append({**stage.model_dump(), "until_step": last, "distill": teach})
+    return [_varied(recipe.train, stages)]
+
+
 def _closed_loop(recipe: Recipe) -> list[Train | None]:
     return [_varied(recipe.train, _from_stage_0(recipe.train, target_sparsity=recipe.compare.target_sparsity))]
 
@@ -150,6 +162,7 @@ SETTINGS: dict[str, Callable[[Recipe], list[Train | None]]] = {
     "exponential_ramp": _ramp("exponential"),
     "drelu": _drelu,
     "distilled": _distilled,
+    "distilled_equal_time": _distilled_equal_time,
     "closed_loop": _closed_loop,
 }
 """Setting -> its ways to train, one a row."""

@@ -19,6 +19,7 @@ SETTINGS = {
     "exponential_ramp": ("Exponential ramp", "lambda rises exponentially"),
     "drelu": ("dReLU", "ReLU on gate and up"),
     "distilled": ("Distilled", "learns from the dense original"),
+    "distilled_equal_time": ("Distilled, equal time", "fewer tokens, trained as long as the others"),
     "closed_loop": ("Closed loop", "lambda steered to a target sparsity"),
 }
 """The rows of the paper's tables in their order, then others: what people call each, and what it is."""

@@ -32,6 +32,7 @@ _STYLES = {
     "exponential_ramp": (3, "v"),
     "drelu": (4, "P"),
     "distilled": (3, "D"),
+    "distilled_equal_time": (3, "s"),
     "closed_loop": (4, "o"),
 }
 

@@ -16,6 +16,7 @@ EVERYTHING = [
     "compare.shift=0.1",
     "compare.target_sparsity=0.75",
     "compare.distill={weight: 1.0, temperature: 2.0}",
+    "compare.distill_slowdown=1.5",
     "compare.fixed_l1=[0.1, 0.2]",
     "compare.seeds={fixed_l1: [1], prosparse: [1, 2]}",
 ]
@@ -29,7 +30,7 @@ def test_all_trained_rows_see_the_same_tokens_and_share_the_learning_rate() -> N
     recipe = recipes.load("tiny", EVERYTHING)
     rows = settings.rows(recipe)
     assert {r.setting for r in rows} == set(settings.SETTINGS)
-    trained = [r.train for r in rows if r.train is not None]
+    trained = [r.train for r in rows if r.train is not None and r.setting != "distilled_equal_time"]
     assert {t.total_tokens for t in trained} == {recipe.train.total_tokens}
     assert {(t.lr, t.warmup_steps, t.tokens_per_step) for t in trained} == {(3e-3, 5, 512)}
     assert {t.stages[0].until_step for t in trained} == {20}
@@ -58,6 +59,10 @@ def test_what_each_setting_changes() -> None:
     assert by_name["exponential_ramp"].stages[-1].ramp == "exponential"
     assert all(s.distill and s.distill.temperature == 2 for s in by_name["distilled"].stages)
     assert [s.target_sparsity for s in by_name["closed_loop"].stages] == [None, 0.75]
+    shorter = by_name["distilled_equal_time"]
+    assert [s.until_step for s in recipe.train.stages] == [20, 25, 45, 60]
+    assert [s.until_step for s in shorter.stages] == [13, 17, 30, 40]
+    assert all(s.distill for s in shorter.stages)
 
 
 def test_the_default_fixed_factor_is_the_last_of_the_stages() -> None:
@@ -71,6 +76,10 @@ def test_the_default_fixed_factor_is_the_last_of_the_stages() -> None:
         ("compare={settings: [shifted_relu]}", "shifted_relu needs compare.shift"),
         ("compare={settings: [closed_loop]}", "closed_loop needs compare.target_sparsity"),
         ("compare={settings: [distilled]}", "distilled needs compare.distill"),
+        (
+            "compare={settings: [distilled_equal_time], distill: {weight: 1.0}}",
+            "distilled_equal_time needs compare.distill_slowdown",
+        ),
         ("compare.settings=[prosparse_sta]", "did you mean 'prosparse_star'?"),
         ("compare.fixed_l1=[0.1, 0.1]", "each once"),
         ("compare.seeds={drelu: [1]}", "seeds of drelu, which compare.settings does not name"),
