@@ -31,7 +31,7 @@ class Streams:
 
     def __init__(self, mixture: Path, work: Path, *, prepares: bool) -> None:
         self._mixture, self._scratch, self._prepares = mixture.resolve(), (work / "stream").resolve(), prepares
-        self._index = self._mixture.parents[2] / ".streams" / self._mixture.name
+        self._index = self._mixture.parents[1] / ".streams" / self._mixture.name
         self._process: subprocess.Popen[bytes] | None = None
         self._first: dict[str, int] = {}
         self._known: dict[str, list[ShardState]] = {}
@@ -57,7 +57,7 @@ class Streams:
 
     def _start(self, first: dict[str, int]) -> None:
         (self._scratch / FAILURE).unlink(missing_ok=True)
-        root = str(Path(__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[2])
         arguments = [str(os.getpid()), str(self._mixture), str(self._index), str(self._scratch), json.dumps(first)]
         with open(self._scratch / "prepare.log", "wb") as log:
             self._process = subprocess.Popen(

@@ -75,6 +75,8 @@ def logged(folder: Path, *, compiled: bool) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # both are of torch's own compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_layers_train_alike_and_are_compiled_once(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 

@@ -107,7 +107,12 @@ def test_killed_in_every_way_and_resumed_to_the_bit(base: Any, tmp_path: Path) -
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.DEVNULL,  # of the KeyboardInterrupt
         )
-        wait_for(lambda n=step, f=flow: any(work.glob(f"stage-*/checkpoints/step-{n:08d}")) or f.poll() is not None)
+        wait_for(
+            lambda n=step, f=flow: (
+                (any(work.glob(f"stage-*/checkpoints/step-{n:08d}")) and len(trainers(f.pid)) == 2)
+                or f.poll() is not None
+            )
+        )
         family = [*psutil.Process(flow.pid).children(recursive=True)]
         assert len(trainers(flow.pid)) == 2
         flow.send_signal(how)
