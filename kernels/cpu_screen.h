@@ -12,6 +12,7 @@ namespace prosparse {
 
 constexpr int64_t kScreenStep = 64;    // rows of the screen are padded with zeros to whole steps
 constexpr int64_t kScreenRows = 256;   // rows screened before their survivors are computed, or the screen is given up
+constexpr int64_t kProbeRows = 64;     // the first time: what is read in vain where most rows live
 constexpr double kLargest = 0x1p60;    // sizes of x outside [1/kLargest, kLargest] are not screened: no overflow below it
 constexpr double kRounding = 1.0 + 0x1p-20;  // covers the roundings of what is computed in double here
 
@@ -137,7 +138,7 @@ int64_t screen_rows(const Plan& p, const ScreenedX& screened, const float* x, fl
   int64_t num_exact = 0, i = rows.begin;
   int32_t survivor[kScreenRows];
   while (i < rows.end) {
-    const int64_t end = least(i + kScreenRows, rows.end), done = i - rows.begin;
+    const int64_t done = i - rows.begin, end = least(i + (done ? kScreenRows : kProbeRows), rows.end);
     if (done && num_exact > kWorthwhile * done) break;
     int64_t count = 0;
     for (; i < end; i++) {
