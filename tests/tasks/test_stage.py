@@ -25,7 +25,7 @@ from tasks.stage import train_stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 24
+STEPS = 60
 A_FLOW = """
 import json, pickle, sys
 sys.path.insert(0, sys.argv[1])

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from regularized import FACTOR, gradients, relu_model, step_in_the_graph
+from two_ranks import run_two
 
 from prosparse_core.recipe_train import L1Reduction
 
 MODES = ["ddp", "ddp-checkpointing", "fsdp", "fsdp-checkpointing"]
-HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of the two processes found, by mode; the processes start once for all of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "regularized.py"), str(rank), str(folder), *MODES],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said = [program.communicate(timeout=300)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
+    run_two("regularized.py", str(folder), *MODES)
     return {mode: [torch.load(folder / f"{mode}-{rank}.pt", weights_only=True) for rank in (0, 1)] for mode in MODES}
 
 

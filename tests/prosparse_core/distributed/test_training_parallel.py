@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trained_in_ranks import MODES, Notes, interrupted, train
+from two_ranks import run_two
 
 from prosparse_core.distributed.ranks import ALONE, joined
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.recipe import parse
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parents[1]
 NUMBERS = ("lm_loss", "l1", "sparsity", "grad_norm")
 
 
@@ -36,24 +33,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
-    programs = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "trained_in_ranks.py"), str(rank), str(port), str(folder)],
-            env={**environment, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said = [program.communicate(timeout=300)[0] for program in programs]
-    finally:
-        for program in programs:
-            program.kill()
-            program.communicate()
-    assert [program.returncode for program in programs] == [0, 0], "\n".join(said)
+    run_two("trained_in_ranks.py", str(port), str(folder))
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
 
