@@ -128,7 +128,7 @@ class Calibrate(Section):
     thresholds: list[float] = DEFAULT_THRESHOLDS
     max_ppl_increase_pct: float = Field(default=1.0, ge=0)
     refine: int = Field(default=4, ge=0, le=8)
-    """Bisection steps between the last threshold within the budget and the first one beyond it."""
+    """How often the interval from the last threshold within the budget to the first one beyond it is narrowed."""
 
     @field_validator("thresholds")
     @classmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 from prosparse_core.ledger import Ledger
 from prosparse_core.store import FACTS, Artifact, Store, fingerprint
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m"
 CORPORA = ("instruction", "package-docs", "python-code")
 NUM_LAYERS = 4
@@ -356,3 +359,14 @@ def assert_whole(ledger: Ledger, *more: str) -> None:
     """The run and the fact of :func:`small_ledger` are there, and the runs of ``more``."""
     assert [row[0] for row in ask(ledger, "SELECT run_id FROM runs ORDER BY started_at")] == ["first", *more]
     assert ask(ledger, "SELECT value, run_id FROM results") == [(0.5, "first")]
+
+
+def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """A Python program in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def private(ledger: Ledger) -> Path:
+    """The database that only writers open."""
+    return ledger.home / ".ledger" / "private.duckdb"

@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
-from ledger_fixture import SCORE, VARIANT, ask, assert_whole, make_artifact, record_step, small_ledger, start_run
+from ledger_fixture import (
+    SCORE,
+    VARIANT,
+    ask,
+    assert_whole,
+    make_artifact,
+    private,
+    record_step,
+    spawn,
+    start_run,
+)
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.ledger import Ledger, files
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return small_ledger(tmp_path)
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.WARNING, "prosparse.ledger"):
-        yield caplog
-
-
-def private(ledger: Ledger) -> Path:
-    return ledger.home / ".ledger" / "private.duckdb"
 
 
 def truncate(path: Path) -> None:

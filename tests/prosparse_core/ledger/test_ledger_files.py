@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
-from ledger_fixture import ask, assert_whole, small_ledger, start_run
+from ledger_fixture import ask, assert_whole, private, spawn, start_run
 
 from prosparse_core.errors import EnvironmentProblem
 from prosparse_core.ledger import Ledger, files
-
-ROOT = Path(__file__).resolve().parents[3]
 
 # Says "step N" once step N of its run is acknowledged.
 WRITER = """
@@ -45,26 +41,6 @@ while not (home / "stop").exists() or not reads:
     last, reads = found, reads + 1
 print(reads, last)
 """
-
-
-def spawn(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return small_ledger(tmp_path)
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.WARNING, "prosparse.ledger"):
-        yield caplog
-
-
-def private(ledger: Ledger) -> Path:
-    return ledger.home / ".ledger" / "private.duckdb"
 
 
 # Many processes.
