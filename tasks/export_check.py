@@ -23,7 +23,7 @@ def token_perplexities(model: Any, tokenizer: Any, request: Mapping[str, Any]) -
     Args:
         request: held_out (folder of the mixture), precision, batch_size, limit (documents per corpus), max_length.
     """
-    from tasks.evaluate import measure_loaded
+    from tasks.evaluation.measure_held_out import measure_loaded
 
     found = measure_loaded(
         model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,12 +10,13 @@ from typing import Any
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.precision import Precision
 from prosparse_core.progress import Progress, Silent
-from tasks.evaluate import Evaluation, harness_version
 from tasks.evaluation.benchmark_code import CodeRuns, code_settings
 from tasks.evaluation.benchmark_data import Datasets, MissingData
 from tasks.evaluation.benchmark_harness import Leaf
 from tasks.evaluation.benchmarks import GENERATED_TOKENS, PPL, Benchmark, Planned, splits_of
+from tasks.evaluation.evaluation import Evaluation, add_raw, harness_version
 from tasks.evaluation.held_out import Score
+from tasks.evaluation.parts import Part, Parts
 from tasks.evaluation.scores import harness_scores, mean_and_error
 from tasks.evaluation.scoring import evaluating, load_task, make_scorer, quiet, run_task
 
@@ -34,11 +34,13 @@ def measure_benchmarks(
     batch_size: int,
     limit: int | None = None,
     progress: Progress | None = None,
+    parts: Parts | None = None,
 ) -> Evaluation:
     """Every benchmark of a plan; what cannot be measured is n/a with its reason, and no reason to stop.
 
     Args:
         limit: at most this many documents per task; marks what it cuts as partial.
+        parts: what an interrupted attempt has measured is taken from there, and what is measured now is kept there.
 
     Raises:
         ProSparseError: the model's log-likelihoods are not finite.
@@ -46,7 +48,7 @@ def measure_benchmarks(
     """
     if limit is not None and limit < 1:
         raise BadInput(f"limit={limit}: at least 1 document per task")
-    progress = progress or Silent()
+    progress, parts = progress or Silent(), parts or Parts()
     max_length = min(getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH)
     scores: list[Score] = []
     raw: dict[str, dict[str, Any]] = {}
@@ -55,21 +57,23 @@ def measure_benchmarks(
     with quiet(), evaluating(model):
         scorer = make_scorer(model, tokenizer, precision=precision, batch_size=batch_size, max_length=max_length)
         for plan in planned:
-            began = time.monotonic()
             absent = dict(plan.absent)
-            measured: list[Score] = []
+            found: list[Part] = []
             for leaf in plan.leaves:
                 scorer.on_progress = partial(_tell, progress, done, total, leaf.task)
                 try:
-                    measured += _measure(scorer, plan.benchmark, leaf, datasets, limit, raw)
+                    measure = partial(_measure, scorer, plan.benchmark, leaf, datasets, limit)
+                    found.append(parts.get(leaf.task, measure))
                 except MissingData as missing:
                     absent[leaf.task] = str(missing)
                 done += 1
+            measured = [score for part in found for score in part.scores]
             scores += measured
             scores += [_not_measured(plan.benchmark, task, reason) for task, reason in absent.items()]
             if any(leaf.task != plan.benchmark.harness for leaf in plan.leaves):
                 scores += group_scores(plan.benchmark, measured, absent)
-            seconds[plan.benchmark.name] = round(time.monotonic() - began, 1)
+            seconds[plan.benchmark.name] = round(sum(part.seconds for part in found), 1)
+            add_raw(raw, *(part.raw for part in found))
     conditions = {
         "precision": precision,
         "batch_size": batch_size,
@@ -85,10 +89,9 @@ def _tell(progress: Progress, done: int, total: int, task: str, share: float) ->
     progress.update(done + share, total, task=task)
 
 
-def _measure(
-    scorer: Any, benchmark: Benchmark, leaf: Leaf, datasets: Datasets, limit: int | None, raw: dict[str, dict[str, Any]]
-) -> list[Score]:
+def _measure(scorer: Any, benchmark: Benchmark, leaf: Leaf, datasets: Datasets, limit: int | None) -> Part:
     runs = CodeRuns()
+    raw: dict[str, dict[str, Any]] = {}
     task = _load(benchmark, leaf, datasets, runs)
     scorer.num_truncated = 0
     results = run_task(scorer, task, limit, raw)
@@ -108,7 +111,7 @@ def _measure(
     scores = harness_scores(results, leaf.task, headline=benchmark.headline, **how)
     if task.OUTPUT_TYPE == "multiple_choice":
         scores = with_paper_rule(task, results["samples"][leaf.task], scores, scorer.num_scored, benchmark.headline)
-    return scores
+    return Part(tuple(scores), raw)
 
 
 def _load(benchmark: Benchmark, leaf: Leaf, datasets: Datasets, runs: CodeRuns) -> Any:

@@ -17,7 +17,9 @@ from prosparse_core.errors import BadInput
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.substitute import use_relu
 from prosparse_core.variants import THRESHOLDS, Variant
-from tasks.evaluate import Evaluation, evaluate, measure_loaded
+from tasks.evaluate import evaluate
+from tasks.evaluation.evaluation import Evaluation
+from tasks.evaluation.measure_held_out import measure_loaded
 from tasks.step import Run
 from tests.tasks.held_out_files import CONTEXT, PROMPTS, QUESTIONS, TEXTS, make_model, write_held_out
 

@@ -13,8 +13,9 @@ import torch
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Evaluate
 from prosparse_core.variants import Variant
-from tasks.evaluate import Evaluation, evaluate
+from tasks.evaluate import evaluate
 from tasks.evaluation.benchmarks import BENCHMARKS, averages, plan_benchmarks
+from tasks.evaluation.evaluation import Evaluation
 from tasks.evaluation.held_out import Score
 from tasks.evaluation.measure_benchmarks import group_scores, measure_benchmarks, with_paper_rule
 from tests.tasks.held_out_files import CONFIG, make_model
