@@ -37,11 +37,17 @@ def log_likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     Rows whose target is ``IGNORED`` have that of token 0.
     """
     log_p, norm = (torch.empty(len(targets), device=logits.device) for _ in range(2))
-    for rows in _chunks(logits):
+    for rows in row_chunks(logits):
         wide = logits[rows].float()
         norm[rows] = wide.logsumexp(1)
         log_p[rows] = wide.gather(1, targets[rows].clamp(min=0)[:, None]).squeeze(1) - norm[rows]
     return log_p, norm
+
+
+def row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Rows of ``logits`` [N, vocab] that are small enough together, in order."""
+    size = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
+    return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -56,13 +62,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, norm = ctx.saved_tensors
         weights = torch.where(targets == IGNORED, 0.0, grads[0].float())[:, None]
         gradient = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            p = logits[rows].float().sub_(norm[rows, None]).exp_()  # softmax, less 1 at the target
+        for rows in row_chunks(logits):
+            p = (logits[rows] - norm[rows, None]).exp_()  # fp32 softmax, less 1 at the target
             p.scatter_add_(1, targets[rows].clamp(min=0)[:, None], torch.full_like(norm[rows, None], -1.0))
             gradient[rows] = p.mul_(weights[rows])
         return gradient, None
-
-
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
-    return (slice(start, start + size) for start in range(0, len(logits), size))

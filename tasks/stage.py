@@ -13,6 +13,8 @@ from prosparse_core.variants import MODEL, OPTIMIZER
 from tasks.step import Run, Work
 
 VERSION = 3
+DISTILLATION_VERSION = 2
+"""Of what a teacher adds to the loss: raised alone, it leaves stages without one in the store."""
 
 
 def train_stage(
@@ -51,6 +53,7 @@ def train_stage(
         "train": train.model_dump(mode="json", exclude={"stages"}),
         "total_steps": train.total_steps,
         "precision": precision,
+        **({} if stage.distill is None else {"distillation": DISTILLATION_VERSION}),
     }
     if index and run.would_run("stage", version=VERSION, config=config, inputs=inputs, seed=seed, holding=holding):
         inputs["before"] = _with_optimizer(run, train, index - 1, before, corpora, dense, note)

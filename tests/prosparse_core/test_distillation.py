@@ -32,3 +32,31 @@ def test_a_perfect_student_has_no_loss_and_no_gradient_and_the_teacher_never_has
     assert student.grad is not None
     assert float(student.grad.abs().max()) < 1e-6
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_gradient_is_that_of_the_textbook_form_over_many_chunks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against log_softmax and kl_div in fp64, scaled as a loss among others is; unlabelled positions have none."""
+    monkeypatch.setattr("prosparse_core.loss._CHUNK_BYTES", 4 * 11 * 3)
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (3 * torch.randn(2, 8, 11, generator=generator) for _ in range(2))
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    as_they_were = student.detach().clone(), teacher.clone()
+    labels = torch.randint(0, 11, (2, 8), generator=generator)
+    labels[0, 3:6] = -100
+    (0.25 * distillation_loss(student, teacher, labels, 1.7)).backward()
+    twin = student.detach().double().requires_grad_()
+    wanted = labels[:, 1:] != -100
+    log_q = (twin[:, :-1][wanted] / 1.7).log_softmax(-1)
+    log_p = (teacher.double()[:, :-1][wanted] / 1.7).log_softmax(-1)
+    (0.25 * 1.7**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)).backward()
+    assert student.grad is not None
+    assert twin.grad is not None
+    assert not student.grad[:, -1].any()
+    assert not student.grad[0, 2:5].any()
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(student.grad.double(), twin.grad, rtol=tolerance, atol=tolerance / 10)
+    assert torch.equal(student, as_they_were[0])
+    assert torch.equal(teacher, as_they_were[1])

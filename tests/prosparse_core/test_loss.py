@@ -43,6 +43,7 @@ def test_value_and_gradient_are_those_of_torch(
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-7)
     assert not ours.grad[0, :6].any(), "no gradient where there is no loss"
     assert not ours.grad[:, -1].any(), "the last position predicts nothing"
+    assert torch.equal(ours, logits), "the logits are others' as well"
 
 
 def test_gradient_against_finite_differences() -> None:
