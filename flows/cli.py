@@ -131,7 +131,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "model", metavar="MODEL", help="a folder, an exported model, a hub id, a variant id or an artifact's digest"
+        "model", metavar="MODEL", help="a folder, an exported model, a hub id, a variant's id or setting, or a digest"
     )
     sub.add_argument("--tasks", metavar="a,b", help="benchmarks, groups (code, commonsense, reading, paper), lm-eval's")
     sub.add_argument("--datasets", metavar="DIR", help="a folder laid out like the hub (default: the hub)")
@@ -150,7 +150,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="a folder, an exported model, a hub id, a variant id or an artifact's digest (default: the newest run's "
+        help="a folder, an exported model, a hub id, a variant's id or setting, or a digest (default: the newest run's "
         "prosparse variant)",
     )
     sub.add_argument("--shape", metavar="DxF", help="instead of a model: one layer of random weights, as 4096x11008")

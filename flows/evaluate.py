@@ -108,7 +108,7 @@ def variant(
     """Measure a checkpoint, ours or not, without training.
 
     Args:
-        model: a folder, an exported model, a hub id, a variant id of the ledger, or the digest of an artifact.
+        model: a folder, an exported model, a hub id, a variant of the ledger by id or setting, or an artifact's digest.
         tasks: benchmarks (``piqa``), groups (``commonsense``, ``paper``) or tasks of lm-eval; default: ``paper``.
         datasets: a folder laid out like the hub to take their data from; default: the hub.
         limit: at most this many documents per task; marks the rows as partial.

@@ -95,8 +95,8 @@ def variant(
     """Time a checkpoint, ours or not: kernels on its own masks, its predictors, decoding; or a shape alone.
 
     Args:
-        model: a folder, an exported model, a hub id, a variant id of the ledger, or the digest of an artifact; default:
-            the ``prosparse`` variant of the newest run.
+        model: a folder, an exported model, a hub id, a variant of the ledger by id or setting, or an artifact's digest;
+            default: the ``prosparse`` variant of the newest run.
         shape: instead of a model, a layer of random weights, such as ``4096x11008``.
         dtype: of that layer: fp32, bf16 or fp16.
         sparsity: of its masks (default 0.89); of a model, the share of dead gates that decoding is also timed at.

@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prosparse_core.errors import BadInput
 from prosparse_core.export import CODE_FILES
 from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.ledger import Ledger
-from prosparse_core.recipe import Model
+from prosparse_core.recipe import Model, SettingName
 from prosparse_core.store import Artifact, read_record, require_space, write_json
 from prosparse_core.variants import MODEL, THRESHOLDS, Variant
 from tasks.base_model import base_model, hash_files, identity, sizes_of
@@ -26,6 +26,7 @@ FATRELU_TYPES = {"sparsellama": "llama"}
 VARIANT_ID = re.compile(r"^[a-z][a-z0-9_]*@[0-9a-f]{8}(\+[0-9a-f]{8})?$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 DIGEST = re.compile(r"^[0-9a-f]{8,64}$")
+SETTINGS = frozenset(get_args(SettingName)) | {"substituted"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_checkpoint(model: str, home: Path, *, trust_remote_code: bool = False) 
 
     Args:
         model: a folder, a .gguf file, a hub id, ``package:NAME``, a variant id of the ledger (``prosparse@1a2b3c4d``),
-            or the digest of an artifact (8 characters or more).
+            a setting of which it has one variant (``prosparse``), or the digest of an artifact (8 characters or more).
         trust_remote_code: run the code that comes with a folder or a hub id.
 
     Raises:
@@ -56,7 +57,7 @@ def find_checkpoint(model: str, home: Path, *, trust_remote_code: bool = False) 
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _of_folder(model, folder, trust_remote_code)
-    if VARIANT_ID.match(model) or DIGEST.match(model):
+    if VARIANT_ID.match(model) or DIGEST.match(model) or model in SETTINGS:
         return _of_ledger(model, home)
     name = Path(model).stem if model.endswith(".gguf") else model
     found = Model(id=name, source=model, trust_remote_code=trust_remote_code)
@@ -181,7 +182,7 @@ def _import_fatrelu(work: Work, folder: Path) -> None:
 
 
 def _of_ledger(name: str, home: Path) -> Target:
-    """A variant by its id, or by the digest of its checkpoint, of its thresholds, or of its export."""
+    """A variant by its id or setting, or by the digest of its checkpoint, of its thresholds, or of its export."""
     ledger = Ledger(home)
     if not ledger.exists():
         raise BadInput(f"{name!r} is no folder, and there is no ledger in {home} to find it in")
@@ -190,7 +191,7 @@ def _of_ledger(name: str, home: Path) -> Target:
         "activation, any_value(v.checkpoint) AS checkpoint, any_value(v.thresholds) AS thresholds, "
         "max(a.payload->>'$.config.variant.shift') AS shift "
         "FROM variant_facts v JOIN artifacts a ON a.digest = v.artifact "
-        f"WHERE v.variant = '{name}' OR v.checkpoint LIKE '{name}%' OR v.thresholds LIKE '{name}%' "
+        f"WHERE '{name}' IN (v.variant, v.setting) OR v.checkpoint LIKE '{name}%' OR v.thresholds LIKE '{name}%' "
         "GROUP BY v.variant ORDER BY v.variant"
     ).records()
     if len(rows) > 1:
@@ -209,7 +210,7 @@ def _of_ledger(name: str, home: Path) -> Target:
             shift=None if shift is None else float(shift),
         )
         return Target(Model(id=row["model"], source=name), row["setting"], row["activation"], variant=variant)
-    if VARIANT_ID.match(name):
+    if not DIGEST.match(name):
         raise BadInput(f"no variant {name!r} in the ledger", hint='prosparse query "FROM variants"')
     artifact = artifact_of(ledger, home, name)
     if artifact.step == "export":

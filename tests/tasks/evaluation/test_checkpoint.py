@@ -171,6 +171,11 @@ def test_variants_and_digests_of_the_ledger(base: Any, tmp_path: Path) -> None:
         assert target.model.id == "tiny"
         evaluate(run, found, None)
         assert run.history[-1][2] == "cached", "the same thing, measured the same way"
+    by_setting = find_checkpoint("shifted_relu", base.home)
+    assert by_setting.variant is not None
+    assert by_setting.variant.id == f"shifted_relu@{digest[:8]}"
+    with pytest.raises(BadInput, match="no variant 'closed_loop' in the ledger"):
+        find_checkpoint("closed_loop", base.home)
     with pytest.raises(BadInput, match=r"was measured as \d+ variants") as caught:
         find_checkpoint(digest[:10], base.home)
     assert f"shifted_relu@{digest[:8]}" in str(caught.value.hint)
