@@ -10,8 +10,11 @@ from torch import Tensor
 from prosparse_core.loss import IGNORED, row_chunks
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """temperature^2 * KL(teacher || model), in nats (fp32), summed over the positions whose next token carries a loss.
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, weight: float = 1.0
+) -> Tensor:
+    """weight * temperature^2 * KL(teacher || model), in nats (fp32), summed over the positions whose next token carries
+    a loss.
 
     As the next-token loss it goes through the logits a few rows at a time, and once: the gradient is found on the way,
     so that the teacher's logits are free as soon as the loss is there.
@@ -20,20 +23,24 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
         logits, teacher_logits: [B, T, vocab], any float precision; the same vocabulary.
         labels: [B, T], ``IGNORED`` where there is no loss; position t predicts label t + 1, as in the next-token loss.
         temperature: both distributions are softened by it; the square keeps the gradient's size (Hinton et al. 2015).
+        weight: the loss's share among others, and over the positions where they are averaged. Given here it is in the
+            gradient before that is rounded to the logits' precision: what multiplies the loss later rounds it again.
     """
     carries_loss = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1), value=False)
     flat, teacher = logits.flatten(0, 1), teacher_logits.detach().flatten(0, 1)
-    loss: Tensor = _Divergence.apply(flat, teacher, carries_loss.flatten(), temperature)
+    loss: Tensor = _Divergence.apply(flat, teacher, carries_loss.flatten(), temperature, weight)
     return loss
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher_logits: Tensor, carries_loss: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, teacher_logits: Tensor, carries_loss: Tensor, temperature: float, weight: float
+    ) -> Tensor:
         loss = torch.zeros((), device=logits.device)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         for rows in row_chunks(logits):
-            weights = carries_loss[rows, None].float()
+            weights = weight * carries_loss[rows, None].float()
             log_q = logits[rows].float() / temperature
             log_q -= log_q.logsumexp(1, keepdim=True)
             log_p = teacher_logits[rows].float() / temperature
@@ -47,6 +54,7 @@ class _Divergence(torch.autograd.Function):
         return loss * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        # In place, as it is the largest tensor of a step: a second backward is refused, as this one modifies it.
+        return gradient.mul_(grads[0].to(gradient.dtype)), None, None, None, None

@@ -232,9 +232,10 @@ class _Loop:
                 if self.teacher is not None and distill is not None:
                     with torch.no_grad(), autocast(self.precision, device.type):
                         wanted = self.teacher(input_ids=tokens, use_cache=False).logits
-                    divergence = distillation_loss(logits, wanted, labels, distill.temperature) / max(1, num_labels)
-                    distilled += divergence.detach()
-                    loss = loss + distill.weight * divergence
+                    share = distill.weight / max(1, num_labels)
+                    divergence = distillation_loss(logits, wanted, labels, distill.temperature, share)
+                    distilled += divergence.detach() / distill.weight
+                    loss = loss + divergence
                 (ranks.size * loss).backward()  # the gradients are averaged over the processes
         norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
         if hasattr(norm, "full_tensor"):  # of a sharded model
