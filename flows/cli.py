@@ -138,7 +138,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--limit", metavar="N", type=int, help="at most N documents a task; rows are marked partial")
     sub.add_argument("--run-code", action="store_true", help="let HumanEval and MBPP execute what the model wrote")
     sub.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
-    sub.add_argument("--recipe", metavar="RECIPE", help="also measure on this recipe's held-out corpora")
+    sub.add_argument("--recipe", metavar="RECIPE", help="also measure on its held-out corpora (prepares them)")
     sub.add_argument("--batch-size", metavar="N", type=int, help="sequences per forward pass (default: 4)")
     sub.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="default: the recipe's, or auto")
     sub.add_argument("--force", action="store_true", help="measure again though the store has it")
@@ -162,6 +162,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         help="of its random masks; of a model, what thresholds are raised to for timing (default: 0.89)",
     )
     sub.add_argument("--threads", metavar="N", type=int, help="default: the recipe's, or 1")
+    sub.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the model")
     sub.add_argument(
         "--budget", dest="budget_s", metavar="S", type=float, help="seconds (default: the recipe's, or 40)"
     )
@@ -180,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs.console.print_error(str(error), error.hint)
         return error.exit_code
     except KeyboardInterrupt:
-        verbs.console.print_error("interrupted", "run the same command again: it goes on where it stopped")
+        forced = " (without --force, which would begin anew)" if getattr(arguments, "force", None) else ""
+        verbs.console.print_error("interrupted", f"run the same command again{forced}: it goes on where it stopped")
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -13,6 +13,7 @@ from flows.run import home_folder, open_run
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Evaluate, Model, Recipe
+from tasks import preflight
 from tasks.base_model import base_model
 from tasks.evaluate import evaluate
 from tasks.evaluation.benchmarks import PAPER, plan_benchmarks
@@ -56,6 +57,8 @@ def prepare(request: Request) -> tuple[Recipe, Target]:
     """
     target = find_checkpoint(request.model, home_folder(), trust_remote_code=request.trust_remote_code)
     base = recipes.load(request.recipe) if request.recipe else None
+    if base is not None:
+        preflight.check(base, home_folder(), "evaluate")
     section = base.evaluate if base else Evaluate(benchmarks=[PAPER])
     given: dict[str, Any] = {
         "benchmarks": request.tasks,
@@ -85,8 +88,8 @@ def prepare(request: Request) -> tuple[Recipe, Target]:
 
 def measure(run: Run, target: Target, *, with_corpora: bool) -> None:
     """One evaluate step of one checkpoint."""
-    corpora = mixture(run, base_model(run)) if with_corpora else None
     variant = checkpoint(run, target)
+    corpora = mixture(run, base_model(run)) if with_corpora else None
     # The mixture is the recipe's and was made with its model; what is measured goes by its own name.
     named = Model(**{**run.recipe.model.model_dump(exclude={"id", "shape"}), "id": target.model.id})
     evaluate(dataclasses.replace(run, recipe=run.recipe.model_copy(update={"model": named})), variant, corpora)
@@ -113,7 +116,8 @@ def variant(
         datasets: a folder laid out like the hub to take their data from; default: the hub.
         limit: at most this many documents per task; marks the rows as partial.
         run_code: allow HumanEval and MBPP to execute what the model wrote, in a subprocess with limits.
-        recipe: also measure perplexity and sparsity on this recipe's held-out corpora.
+        recipe: also measure perplexity and sparsity on this recipe's held-out corpora; its model and its mixture are
+            prepared for it, as far as the store has them not.
         batch_size: sequences per forward pass; default: the recipe's, or 4.
         precision: auto, fp32 or bf16.
         trust_remote_code: run the code that comes with the model, for an architecture that transformers lacks.

@@ -52,7 +52,7 @@ def open_run(
     check_steps(force, until)
     home = home_folder()
     if not isinstance(recipe, Recipe):
-        preflight.check(loaded, home)
+        preflight.check(loaded, home, flow)
     ledger = Ledger(make_folder(home))
     run = Run(
         recipe=loaded,

@@ -34,6 +34,8 @@ class Request:
     """Of its random masks; of a model, the share of gates to which thresholds are raised for timing. Default: 0.89."""
     threads: int | None = None
     budget_s: float | None = None
+    trust_remote_code: bool = False
+    """Run the code that comes with the model."""
 
 
 def prepare(request: Request) -> tuple[Recipe, BenchTarget | Synthetic]:
@@ -59,7 +61,7 @@ def prepare(request: Request) -> tuple[Recipe, BenchTarget | Synthetic]:
     else:
         if request.dtype is not None:
             raise BadInput(f"--dtype {request.dtype}: a model is timed in float32 and in 16 bits", hint="drop --dtype")
-        found = find_bench_target(request.model, home_folder())
+        found = find_bench_target(request.model, home_folder(), trust_remote_code=request.trust_remote_code)
         recipe = found.recipe
     changes: dict[str, Any] = {"threads": request.threads, "budget_s": request.budget_s}
     if request.shape is None and request.sparsity is not None:
@@ -91,6 +93,7 @@ def variant(
     sparsity: float | None = None,
     threads: int | None = None,
     budget_s: float | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Time a checkpoint, ours or not: kernels on its own masks, its predictors, decoding; or a shape alone.
 
@@ -102,11 +105,13 @@ def variant(
         sparsity: of its masks (default 0.89); of a model, the share of dead gates that decoding is also timed at.
         threads: of every kernel; one thread is timed by the CPU time of the process, several by the wall clock.
         budget_s: seconds for timing.
+        trust_remote_code: run the code that comes with the model, for an architecture that transformers lacks.
 
     Returns:
         The run id under which the ledger keeps it.
     """
-    return run_request(Request(model, shape, dtype, sparsity, threads, budget_s), prefect=True)
+    request = Request(model, shape, dtype, sparsity, threads, budget_s, trust_remote_code)
+    return run_request(request, prefect=True)
 
 
 def run_request(request: Request, *, prefect: bool) -> str:

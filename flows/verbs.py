@@ -27,7 +27,7 @@ from tasks.step import Run
 
 def verb_run(arguments: argparse.Namespace) -> int:
     """Run a recipe in this process: with Prefect (a server is started for the run if none is up), or without."""
-    if _trained_along(arguments):
+    if _trained_along(arguments, "prosparse"):
         return 0
     from flows.full import full, prosparse
 
@@ -36,7 +36,7 @@ def verb_run(arguments: argparse.Namespace) -> int:
 
 def verb_compare(arguments: argparse.Namespace) -> int:
     """Every setting of ``recipe.compare`` under equal tokens."""
-    if _trained_along(arguments):
+    if _trained_along(arguments, "compare"):
         return 0
     from flows.compare import compare, every_setting
 
@@ -71,11 +71,11 @@ def verb_bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _trained_along(arguments: argparse.Namespace) -> bool:
+def _trained_along(arguments: argparse.Namespace, flow: str) -> bool:
     """Refuse what cannot end well; then, on another node than the first, do all there is to do there."""
     check_steps(arguments.force, arguments.until)
     recipe = recipes.load(arguments.recipe, arguments.overrides)
-    preflight.check(recipe, home_folder())
+    preflight.check(recipe, home_folder(), flow)
     _before_prefect(arguments)
     if not nodes.is_follower(recipe):
         return False
@@ -145,7 +145,7 @@ def verb_plan(arguments: argparse.Namespace) -> int:
                 "problem": None if problem is None else {"error": str(problem), "hint": problem.hint},
             }
         )
-        return 0
+        return problem.exit_code if problem else 0
     console.print_plan(recipe, run, cost)
     if problem is not None:
         console.print_error(str(problem), problem.hint)
@@ -163,9 +163,9 @@ def _measured_speed(ledger: Ledger, recipe: recipes.Recipe) -> float | None:
 
 
 def verb_validate(arguments: argparse.Namespace) -> int:
-    """Load the recipe and check that its model and data are there."""
+    """Load the recipe and check that its model and data are there, and its settings where it names some."""
     recipe = recipes.load(arguments.recipe, arguments.overrides)
-    preflight.check(recipe, home_folder())
+    preflight.check(recipe, home_folder(), "compare" if "compare" in recipe.model_fields_set else "prosparse")
     if arguments.json:
         console.print_json(recipe.model_dump(mode="json"))
     else:
@@ -252,7 +252,8 @@ def verb_report(arguments: argparse.Namespace) -> int:
     if len(arguments.run) > 1:
         raise BadInput("a report is about one run", hint="--markdown DIR writes one page about several")
     target = Path(arguments.out or "report.html")
-    write_report(ledger, _finished_run(ledger, next(iter(arguments.run), None)), target)
+    run_id = _finished_run(ledger, next(iter(arguments.run), None), "flow IN ('prosparse', 'compare')")
+    write_report(ledger, run_id, target)
     _print(arguments, ["report"], [[str(target.resolve())]])
     return 0
 
@@ -260,7 +261,9 @@ def verb_report(arguments: argparse.Namespace) -> int:
 def verb_export(arguments: argparse.Namespace) -> int:
     """The model of a run in the format of another program; refuses to overwrite."""
     ledger = Ledger(home_folder())
-    run_id = _finished_run(ledger, arguments.run)
+    step = "predictor" if arguments.to == "powerinfer" else "export"
+    made = f"run_id IN (SELECT run_id FROM steps WHERE step = '{step}' AND artifact IS NOT NULL)"
+    run_id = _finished_run(ledger, arguments.run, made)
     if arguments.to == "powerinfer":
         return _export_powerinfer(arguments, run_id, ledger)
     if arguments.to != "hf":
@@ -328,16 +331,16 @@ def _export_folder(path: Path) -> Path:
     return folder / "hf"
 
 
-def _finished_run(ledger: Ledger, run_id: str | None) -> str:
-    """The run asked for, or the newest finished one.
+def _finished_run(ledger: Ledger, run_id: str | None, among: str) -> str:
+    """The run asked for, or the newest finished one of those that a condition holds of.
 
     Raises:
         BadInput: no such run, or none finished yet.
     """
-    where = "status = 'done'" if run_id is None else "run_id = '" + run_id.replace("'", "''") + "'"
+    where = f"status = 'done' AND {among}" if run_id is None else "run_id = '" + run_id.replace("'", "''") + "'"
     rows = ledger.query(f"SELECT run_id FROM runs WHERE {where} ORDER BY started_at DESC LIMIT 1").rows
     if not rows:
-        what = "no finished run in the ledger" if run_id is None else f"no run {run_id!r} in the ledger"
+        what = "no finished run of the kind in the ledger" if run_id is None else f"no run {run_id!r} in the ledger"
         raise BadInput(what, hint='prosparse query "SELECT run_id, status FROM runs"')
     return str(rows[0][0])
 

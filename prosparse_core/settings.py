@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Recipe
 from prosparse_core.recipe_train import Stage, Train
 from prosparse_core.store import canonical_json
@@ -34,13 +37,41 @@ class Row:
 
 
 def rows(recipe: Recipe) -> list[Row]:
-    """Every row that ``recipe.compare`` asks for, in its order; further seeds directly after the first."""
+    """Every row that ``recipe.compare`` asks for, in its order; further seeds directly after the first.
+
+    Raises:
+        BadInput: a setting that cannot be made of the recipe's stages.
+    """
     found: list[Row] = []
     for name in recipe.compare.settings:
         seeds: list[int | None] = [None, *recipe.compare.seeds.get(name, [])]
         thresholds = name == "prosparse"
-        found += [Row(name, train, thresholds, seed) for train in SETTINGS[name](recipe) for seed in seeds]
+        try:
+            trains = SETTINGS[name](recipe)
+        except ValidationError as error:
+            said = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+            raise BadInput(
+                f"compare.settings: {name} cannot be made of the stages of {recipe.name}: {said}",
+                hint="change train.stages, or leave the setting out of compare.settings",
+            ) from None
+        if thresholds:
+            require_relu(recipe)
+        found += [Row(name, train, thresholds, seed) for train in trains for seed in seeds]
     return found
+
+
+def require_relu(recipe: Recipe) -> None:
+    """Refuse to calibrate what FATReLU does not stand for: its zeros are those of ReLU and more (paper, eq. 6).
+
+    Raises:
+        BadInput: the recipe trains another activation.
+    """
+    if recipe.train.activation != "relu":
+        raise BadInput(
+            f"train.activation={recipe.train.activation!r}: thresholds are calibrated for FATReLU, which takes the "
+            "place of relu",
+            hint="prosparse compare trains and measures other activations: compare.settings=[drelu, shifted_relu, ...]",
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +132,11 @@ def _activation(**changes: Any) -> Callable[[Recipe], list[Train | None]]:
 def _fixed(recipe: Recipe) -> list[Train | None]:
     """A constant factor from the end of stage 0 (paper, section 4.1): the foil of progressive factors."""
     factors = recipe.compare.fixed_l1 or [recipe.train.stages[-1].l1]
+    if not all(factors):
+        raise BadInput(
+            "compare.settings: fixed_l1 has no factor: the last stage's lambda is 0 or steered",
+            hint="give factors, such as compare.fixed_l1=[0.3]",
+        )
     return [_varied(recipe.train, _from_stage_0(recipe.train, l1=factor)) for factor in factors]
 
 

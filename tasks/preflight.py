@@ -5,22 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from kernels.build import find_compiler
+from prosparse_core import settings
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.planning.cost import shape_of
 from prosparse_core.planning.disk import disk
 from prosparse_core.precision import resolve_device
-from prosparse_core.recipe import Recipe, Runtime
+from prosparse_core.recipe import Model, Recipe, Runtime
 from prosparse_core.store import require_space
 from tasks import base_model
 from tasks.evaluation.benchmarks import plan_benchmarks
 
 
-def check(recipe: Recipe, home: Path) -> None:
+def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
     """Refuse a run that cannot end well.
+
+    Args:
+        flow: which takes the recipe: prosparse its stages, compare its settings, evaluate its corpora only.
 
     Raises:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
-            is unknown or not allowed, more training processes than GPUs.
+            is unknown or not allowed, a setting the recipe lacks something for, more training processes than GPUs.
         EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
     from prosparse_core.data.sources import check_source
@@ -29,11 +33,25 @@ def check(recipe: Recipe, home: Path) -> None:
     for source in recipe.data.sources:
         check_source(source)
     plan_benchmarks(recipe.evaluate)
+    if flow == "evaluate":
+        return
+    trained = None
+    if flow == "compare":
+        rows = settings.rows(recipe)
+        trained = settings.training_of(rows, recipe.seed)
+        for imported in recipe.compare.imported:
+            base_model.identity(Model(id=imported.setting, source=imported.source, revision=imported.revision))
+    else:
+        settings.require_relu(recipe)
     _check_devices(recipe.runtime)
     _check_compiler(recipe.runtime)
     shape = shape_of(recipe.model)
-    if shape is not None and not (home / "store" / "export").is_dir():
-        require_space(home, disk(recipe, shape).most[recipe.runtime.keep], f"a run of {recipe.name}")
+    if shape is not None:
+        stages = (trained.num_stages, trained.num_last) if trained else ()
+        most = disk(recipe, shape, *stages).most[recipe.runtime.keep]
+        there = sum(p.stat().st_size for p in (home / "store").rglob("*") if p.is_file())
+        # What an earlier attempt has left is not needed once more.
+        require_space(home, max(0, most - there), f"a run of {recipe.name}")
 
 
 def _check_compiler(runtime: Runtime) -> None:

@@ -73,7 +73,8 @@ CREATE VIEW matched_sparsity AS
     FROM spread_points p JOIN bracketed b
       ON (b.model, b.variant) = (p.model, p.variant) AND b.run_id IS NOT DISTINCT FROM p.run_id
     WHERE p.setting IN
-      ('prosparse_star', 'linear_ramp', 'exponential_ramp', 'closed_loop', 'drelu', 'distilled')),
+      ('prosparse_star', 'linear_ramp', 'exponential_ramp', 'closed_loop', 'drelu', 'distilled',
+       'distilled_equal_time')),
   compared AS (
     SELECT *, CASE WHEN num_factors > 0
                    THEN exp((1 - share) * ln(below.perplexity) + share * ln(above.perplexity)) END AS fixed_perplexity,

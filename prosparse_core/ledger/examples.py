@@ -53,7 +53,7 @@ EXAMPLES: list[tuple[str, str]] = [
     (
         "Which layers are the densest?",
         "SELECT v.setting, s.corpus, s.layer, s.sparsity, s.dead_frac FROM sparsity s "
-        "JOIN variants v USING (variant) ORDER BY s.sparsity LIMIT 10",
+        "JOIN variants v USING (variant) WHERE v.activation <> 'original' ORDER BY s.sparsity LIMIT 10",
     ),
     (
         "How much did L1 shrink the survivors, and which zeros remain when 8 tokens are computed at once?",
@@ -69,7 +69,8 @@ EXAMPLES: list[tuple[str, str]] = [
     (
         "How good are the predictors at each cutoff?",
         "SELECT variant, cutoff, avg(recall) AS recall, avg(predicted_sparsity) AS predicted_sparsity, "
-        "avg(true_sparsity) AS true_sparsity FROM predictors GROUP BY ALL ORDER BY variant, cutoff",
+        "avg(true_sparsity) AS true_sparsity FROM predictors WHERE coalesce(label_rule, '') NOT LIKE '%, against %' "
+        "GROUP BY ALL ORDER BY variant, cutoff",
     ),
     (
         "When is a predictor worth its errors?",

@@ -142,6 +142,7 @@ CREATE VIEW paper_gap AS
     SELECT run_id, recipe, model, setting, variant, name || '_pct' AS metric, 100 * value AS value
     FROM results
     WHERE kind = 'predictor' AND name IN ('recall', 'predicted_sparsity') AND (conditions->>'cutoff')::DOUBLE = 0.5
+      AND coalesce(conditions->>'label_rule', '') NOT LIKE '%, against %'
     UNION ALL BY NAME
     SELECT run_id, recipe, model, setting, variant, kernel || '_speedup' AS metric, max(speedup) AS value
     FROM (SELECT run_id, recipe, model, setting, variant, kernel, provider, baseline, dtype, threads, timer, device,

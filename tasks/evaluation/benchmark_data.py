@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from prosparse_core.errors import BadInput
+from prosparse_core.errors import BadInput, EnvironmentProblem
 
 FORMATS = (".parquet", ".jsonl", ".json")
 SHARD = re.compile(r"^(.+?)(?:-\d+-of-\d+(?:-[0-9a-f]+)?)?$")
@@ -35,7 +35,7 @@ class Datasets(Protocol):
         """What tells this data from other data of the same name; raises MissingData, or BadInput for a wrong schema."""
 
     def load(self, dataset: str, config: str | None, splits: Sequence[str]) -> dict[str, Any]:
-        """Splits as ``datasets.Dataset``; raises MissingData."""
+        """Splits as ``datasets.Dataset``; raises MissingData, or EnvironmentProblem where another time may help."""
 
 
 def open_datasets(folder: str | None) -> Datasets:
@@ -186,6 +186,9 @@ def _sha256(path: Path, size: int, changed_ns: int) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+OFFLINE = "offline"
+
+
 class Hub:
     """The Hugging Face hub, or what of it is in the local cache."""
 
@@ -201,6 +204,11 @@ class Hub:
             found: Mapping[str, Any] = datasets.load_dataset(dataset, config)
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
+            if _revision(dataset) != OFFLINE and not _lasts(error):
+                raise EnvironmentProblem(
+                    f"dataset {dataset} is in {self.WHERE} and cannot be had: {type(error).__name__}: {first}",
+                    hint="run the same command again: what has been measured is kept",
+                ) from error
             raise MissingData(f"dataset {dataset} not found in {self.WHERE}: {first}") from error
         for split in splits:
             if split not in found:
@@ -208,11 +216,23 @@ class Hub:
         return dict(found)
 
 
+def _lasts(error: Exception) -> bool:
+    """Whether the dataset itself is at fault: no such configuration, a script, no such files, rows that do not parse.
+
+    All else, such as a connection that breaks, may be otherwise the next time: it is no result.
+    """
+    from datasets.exceptions import DatasetsError
+
+    if isinstance(error, DatasetsError) and not isinstance(error, FileNotFoundError):
+        return not isinstance(error.__cause__, OSError)
+    return isinstance(error, ValueError | RuntimeError | FileNotFoundError)
+
+
 @lru_cache(maxsize=256)
 def _revision(dataset: str) -> str:
-    """The commit of a dataset on the hub; ``offline`` when nobody answers: another identity, measured again later."""
+    """The commit of a dataset on the hub; ``OFFLINE`` when nobody answers: another identity, measured again later."""
     if _unreachable:
-        return "offline"
+        return OFFLINE
     try:
         from huggingface_hub import HfApi
 
@@ -221,7 +241,7 @@ def _revision(dataset: str) -> str:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
             raise MissingData(f"dataset {dataset} not found in {Hub.WHERE}") from error
         _unreachable.append(dataset)
-        return "offline"
+        return OFFLINE
 
 
 _unreachable: list[str] = []

@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from prosparse_core.errors import BadInput
 from prosparse_core.export import CODE_FILES
 from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.ledger import Ledger
-from prosparse_core.recipe import Model, SettingName
+from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, read_record, require_space, write_json
 from prosparse_core.variants import MODEL, THRESHOLDS, Variant
 from tasks.base_model import base_model, hash_files, identity, sizes_of
@@ -26,7 +26,7 @@ FATRELU_TYPES = {"sparsellama": "llama"}
 VARIANT_ID = re.compile(r"^[a-z][a-z0-9_]*@[0-9a-f]{8}(\+[0-9a-f]{8})?$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 DIGEST = re.compile(r"^[0-9a-f]{8,64}$")
-SETTINGS = frozenset(get_args(SettingName)) | {"substituted"}
+SETTING = re.compile(r"^[a-z][a-z0-9_]*$")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def find_checkpoint(model: str, home: Path, *, trust_remote_code: bool = False) 
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _of_folder(model, folder, trust_remote_code)
-    if VARIANT_ID.match(model) or DIGEST.match(model) or model in SETTINGS:
+    if VARIANT_ID.match(model) or DIGEST.match(model) or SETTING.match(model):
         return _of_ledger(model, home)
     name = Path(model).stem if model.endswith(".gguf") else model
     found = Model(id=name, source=model, trust_remote_code=trust_remote_code)
@@ -108,6 +108,7 @@ def _of_folder(model: str, folder: Path, trust_remote_code: bool) -> Target:
             raise BadInput(f"{folder} has no safetensors weights")
         return Target(found, "prosparse", "fatrelu", exported=str(folder))
     family = require_family(config, where=str(folder))
+    identity(found)
     is_relu = str(config.get(family.config_key)) == "relu"
     return Target(found, "relu" if is_relu else "original", "relu" if is_relu else "original")
 
@@ -185,7 +186,10 @@ def _of_ledger(name: str, home: Path) -> Target:
     """A variant by its id or setting, or by the digest of its checkpoint, of its thresholds, or of its export."""
     ledger = Ledger(home)
     if not ledger.exists():
-        raise BadInput(f"{name!r} is no folder, and there is no ledger in {home} to find it in")
+        raise BadInput(
+            f"{name!r} is no folder and no hub id (owner/name), and there is no ledger in {home} to find it in",
+            hint="give an existing folder, a .gguf file, package:NAME, random:FAMILY or a hub id",
+        )
     rows = ledger.query(
         "SELECT v.variant, any_value(v.model) AS model, any_value(v.setting) AS setting, any_value(v.activation) AS "
         "activation, any_value(v.checkpoint) AS checkpoint, any_value(v.thresholds) AS thresholds, "
@@ -211,7 +215,10 @@ def _of_ledger(name: str, home: Path) -> Target:
         )
         return Target(Model(id=row["model"], source=name), row["setting"], row["activation"], variant=variant)
     if not DIGEST.match(name):
-        raise BadInput(f"no variant {name!r} in the ledger", hint='prosparse query "FROM variants"')
+        said = f"no variant {name!r} in the ledger"
+        if not VARIANT_ID.match(name):
+            said = f"{name!r} is no folder, no hub id (owner/name) and no setting measured here"
+        raise BadInput(said, hint='prosparse query "SELECT variant, setting FROM variants"')
     artifact = artifact_of(ledger, home, name)
     if artifact.step == "export":
         return _of_folder(name, artifact.path / "hf", trust_remote_code=False)

@@ -44,7 +44,7 @@ def measure_benchmarks(
 
     Raises:
         ProSparseError: the model's log-likelihoods are not finite.
-        EnvironmentProblem: no subprocess can be started to run code in.
+        EnvironmentProblem: no subprocess can be started to run code in; data that are there cannot be had now.
     """
     if limit is not None and limit < 1:
         raise BadInput(f"limit={limit}: at least 1 document per task")
@@ -63,7 +63,7 @@ def measure_benchmarks(
                 scorer.on_progress = partial(_tell, progress, done, total, leaf.task)
                 try:
                     measure = partial(_measure, scorer, plan.benchmark, leaf, datasets, limit)
-                    found.append(parts.get(leaf.task, measure))
+                    found.append(parts.get(f"{plan.benchmark.name} {leaf.task}", measure))
                 except MissingData as missing:
                     absent[leaf.task] = str(missing)
                 done += 1
@@ -121,7 +121,7 @@ def _load(benchmark: Benchmark, leaf: Leaf, datasets: Datasets, runs: CodeRuns) 
         shots = int(task.config.num_fewshot or 0)
         if shots and len(task.sampler.df) < shots:
             raise MissingData(f"dataset {leaf.dataset} has {len(task.sampler.df)} examples, {shots} are to be shown")
-    except (ProSparseError, MissingData):
+    except (ProSparseError, MissingData, OSError):  # a full disk or a broken connection is no property of the data
         raise
     except Exception as error:
         # Whatever its templates and functions make of data that are not as they expect.

@@ -31,7 +31,7 @@ class Part:
 
 
 class Parts:
-    """The parts of one evaluation, by task.
+    """The parts of one evaluation, by name.
 
     Args:
         folder: where they are kept until the whole is there; it must belong to this evaluation alone, as the work
@@ -41,9 +41,12 @@ class Parts:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder / FOLDER if folder else None
 
-    def get(self, task: str, measure: Callable[[], Part]) -> Part:
-        """The part of ``task``: as an interrupted attempt left it, or else measured, timed and kept."""
-        path = self._folder / f"{quote(task, safe='')}.json" if self._folder else None
+    def get(self, name: str, measure: Callable[[], Part]) -> Part:
+        """The part of that name: as an interrupted attempt left it, or else measured, timed and kept.
+
+        A task may belong to two benchmarks, which ask it differently: the name has to say which.
+        """
+        path = self._folder / f"{quote(name, safe='')}.json" if self._folder else None
         if path and (found := _read(path)):
             return found
         began = time.monotonic()

@@ -39,14 +39,18 @@ class BenchTarget:
     predictors: Artifact | None = None
 
 
-def find_bench_target(model: str | None, home: Path) -> BenchTarget:
+def find_bench_target(model: str | None, home: Path, *, trust_remote_code: bool = False) -> BenchTarget:
     """What ``model`` names, checked without reading weights; None is the newest run's ``prosparse`` variant.
+
+    Args:
+        trust_remote_code: run the code that comes with a folder or a hub id.
 
     Raises:
         BadInput: no such model; see :func:`tasks.evaluation.checkpoint.find_checkpoint`; no model and no finished run.
     """
     ledger = Ledger(home)
-    target = find_checkpoint(newest_variant(ledger) if model is None else model, home)
+    name = newest_variant(ledger) if model is None else model
+    target = find_checkpoint(name, home, trust_remote_code=trust_remote_code)
     if target.variant is not None:
         found = _of_its_run(ledger, home, target, target.variant)
         if found is not None:
@@ -76,8 +80,9 @@ def newest_variant(ledger: Ledger) -> str:
     """
     rows = (
         ledger.query(
-            "SELECT v.variant FROM variant_facts v JOIN run_artifacts r USING (artifact) "
-            "WHERE v.setting = 'prosparse' AND r.run_id IS NOT NULL ORDER BY r.measured_at DESC, v.variant LIMIT 1"
+            "SELECT v.variant FROM variant_facts v JOIN run_artifacts r USING (artifact) JOIN runs s USING (run_id) "
+            "WHERE v.setting = 'prosparse' AND s.flow IN ('prosparse', 'compare') "
+            "ORDER BY s.started_at DESC, v.variant LIMIT 1"
         ).rows
         if ledger.exists()
         else []

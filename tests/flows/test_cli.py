@@ -33,6 +33,10 @@ def edited(path: Path, change: Any) -> str:
     return str(path)
 
 
+STEERED = "[{until_step: 4, l1: 0}, {until_step: 8, target_sparsity: 0.5}]"
+ONE = "[{until_step: 4, l1: 0}]"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -46,6 +50,32 @@ def edited(path: Path, change: Any) -> str:
         (["validate", "tiny", "--set", "model.source=/no/such", "--set", "model.config={}"], "is no folder"),
         (["validate", "tiny", "--set", "model.source=random:novel"], "'novel'"),
         (["validate", "tiny", "--set", "model.source=./no.gguf", "--set", "model.config={}"], "cannot read no.gguf"),
+        (["run", "tiny", "--inline", "--set", "train.activation=drelu"], "thresholds are calibrated for FATReLU"),
+        (["compare", "tiny", "--set", "train.activation=drelu"], "thresholds are calibrated for FATReLU"),
+        (
+            ["compare", "tiny", "--set", "compare.imported=[{setting: relullama, source: /no/such}]"],
+            "/no/such",
+        ),
+        (
+            ["compare", "tiny", "--set", "compare.settings=[fixed_l1]", "--set", f"train.stages={STEERED}"],
+            "compare.fixed_l1=[0.3]",
+        ),
+        (
+            [
+                "compare",
+                "tiny",
+                "--set",
+                "compare.settings=[fixed_l1]",
+                "--set",
+                "train.stages=[{until_step: 4, l1: 0}]",
+            ],
+            "fixed_l1 has no factor",
+        ),
+        (
+            ["compare", "tiny", "--set", "compare.settings=[vanilla_relu]", "--set", f"train.stages={ONE}"],
+            "vanilla_relu cannot be made of the stages of tiny",
+        ),
+        (["plan", "tiny", "--compare", "--set", "train.activation=drelu"], "compare trains and measures other"),
         (["query", "FROM results"], "ledger"),
         (["report"], "ledger"),
         (["report", "--markdown"], "ledger"),

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flows import cli, console
+from prosparse_core import recipe as recipes
 from prosparse_core.ledger import Ledger
 from prosparse_core.variants import MODEL
 from tests.tasks.held_out_files import make_model
@@ -77,6 +79,7 @@ def test_the_verb_measures_records_and_shows(
         (["MODEL", "--datasets", "HUB", "--tasks", "piqa"], "lacks the column sol2"),
         (["MODEL", "--limit", "0"], "limit=0: at least 1"),
         (["MODEL", "--recipe", "tinny"], "did you mean tiny"),
+        (["MODEL", "--recipe", "RECIPE"], "none.jsonl"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(
@@ -84,7 +87,10 @@ def test_bad_input_is_named_before_anything_is_written(
 ) -> None:
     rows = [{"goal": "g", "sol1": "s", "label": 0}]
     write_parquet(tmp_path / "wrong/baber/piqa/default/validation.parquet", rows)
-    names = {"MODEL": str(model), "HUB": str(tmp_path / "wrong")}
+    raw = yaml.safe_load(recipes.find("tiny").read_text(encoding="utf-8"))
+    raw["data"]["sources"][0] = {"name": "mine", "kind": "files", "path": "none.jsonl", "weight": 1}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    names = {"MODEL": str(model), "HUB": str(tmp_path / "wrong"), "RECIPE": str(tmp_path / "mine.yaml")}
     assert cli.main(["evaluate", *(names.get(a, a) for a in arguments), "--inline"]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not home.exists()

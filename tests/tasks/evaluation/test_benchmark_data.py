@@ -5,10 +5,12 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import datasets
 import pytest
 
-from prosparse_core.errors import BadInput
+from prosparse_core.errors import BadInput, EnvironmentProblem
 from tasks.evaluation import benchmark_data
 from tasks.evaluation.benchmark_data import Hub, Mirror, MissingData, open_datasets
 from tests.tasks.mini_hub import PIQA, write_jsonl, write_mini_hub, write_parquet
@@ -96,8 +98,6 @@ def test_the_identity_is_the_content_not_the_place(hub: Path, tmp_path: Path) ->
 
 
 def test_the_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
     asked: list[str] = []
 
     def fail(self: Any, dataset: str, **_: Any) -> None:
@@ -116,4 +116,30 @@ def test_the_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(MissingData, match=r"^dataset an/x not found in the hub: no route$"):
+        Hub().load("an/x", None, ["test"])
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (ConnectionError("reset"), False),
+        (TimeoutError("after 10 s"), False),
+        (datasets.exceptions.DatasetGenerationError("while reading"), True),
+        (datasets.exceptions.DatasetNotFoundError("an/x"), True),
+        (ValueError("no configuration 'main'"), True),
+        (RuntimeError("Dataset scripts are no longer supported"), True),
+    ],
+)
+def test_a_failure_that_passes_ends_the_step_and_is_no_result(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, lasts: bool
+) -> None:
+    """With the commit known the step would be in the store for good, its n/a with it."""
+    monkeypatch.setattr(benchmark_data, "_revision", lambda dataset: "0a1b2c")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(MissingData if lasts else EnvironmentProblem, match="dataset an/x"):
+        Hub().load("an/x", None, ["test"])
+    broken = datasets.exceptions.DatasetGenerationError("while reading")
+    broken.__cause__ = ConnectionError("reset")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=broken))
+    with pytest.raises(EnvironmentProblem, match="cannot be had: DatasetGenerationError"):
         Hub().load("an/x", None, ["test"])

@@ -93,3 +93,18 @@ def test_an_interrupted_step_goes_on_at_the_next_task_to_the_same_bits(
     assert without_time[0] == without_time[1]
     for name in ("results.json", "facts.jsonl"):
         assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_a_task_of_two_benchmarks_is_measured_for_each(base: Any, tmp_path: Path) -> None:
+    """MMLU shows five examples, the harness's own group of one of its tasks none."""
+    hub = str(write_mini_hub(tmp_path / "hub"))
+    scores = {}
+    for names in (["mmlu_anatomy"], ["mmlu"], ["mmlu_anatomy", "mmlu"]):
+        run, _ = base.run(evaluate={"benchmarks": names, "datasets": hub})
+        artifact = evaluate(run, Variant("original", base.dense, "original"), None)
+        found = [s for s in artifact.meta()["benchmarks"] if s["task"] == "mmlu_anatomy" and s["n"]]
+        scores[tuple(names)] = [(s["metric"], s["num_fewshot"], s["value"]) for s in found]
+    alone, within, both = scores.values()
+    assert {shots for _, shots, _ in alone} == {0}
+    assert {shots for _, shots, _ in within} == {5}
+    assert both == alone + within
