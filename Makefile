@@ -38,4 +38,5 @@ bench: setup
 	$(BIN)/prosparse bench $(MODEL)
 
 clean:
-	rm -rf .venv .prosparse
+	rm -rf .venv
+	@if [ -d .prosparse ]; then echo ".prosparse, the store and the ledger of your runs, stays: remove it yourself"; fi

@@ -94,7 +94,7 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         "## What was found",
         escaped(tables_compare.verdict(data)),
         figure(comparison(data), "comparison"),
-        "## Every setting under equal tokens",
+        "## Every setting, and the tokens it saw",
         _table(tables_compare.comparison(data)),
         "## Progressive against fixed factors",
         table(_if_any(tables_compare.matched(data)), "no progressive setting was measured in this run"),

@@ -23,7 +23,7 @@ def comparison(data: ReportData) -> Grid:
     columns += [Column("Mean", "± sd over seeds", group="Perplexity"), Column("Standard error", group="Perplexity")]
     columns += [Column("Ratio to the original", group="Perplexity"), Column("Sparsity", "± sd over seeds")]
     columns += [Column("Accuracy", "± standard error"), Column("Threshold")]
-    grid = Grid("Settings under equal tokens", columns)
+    grid = Grid("Settings, and the tokens they saw", columns)
     rows = sorted(data["comparison"], key=lambda r: (*course_order(r, None), r["variants"]))
     dense = next((r["perplexity"] for r in rows if r["setting"] == "original"), None)
     blank = Cell(NOT_APPLICABLE, tone="quiet")

@@ -19,6 +19,9 @@ from prosparse_core.errors import BadInput, EnvironmentProblem
 
 NAME = re.compile(r"""^["']?(?:task|group)["']?:[ ]*["']?([\w.\-]+)["']?[ ]*(?:\#.*)?$""", re.MULTILINE)
 
+TAG = re.compile(r"""^tag:[ ]*(.*(?:\n[ ]*-[ ]*.+)*)""", re.MULTILINE)
+WORD = re.compile(r"\w[\w.\-]*")
+
 
 class Function(str):
     """Where a task file names a Python function: not imported here, for that may run things."""
@@ -70,14 +73,19 @@ def tasks_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def known_names() -> dict[str, str]:
-    """Every task and group of lm-eval, with the folder of its file. Reads them all: a second or two."""
+    """Every task, group and tag of lm-eval, with the folder of its (first) file. Reads them all: a second or two."""
     root = tasks_folder()
     found: dict[str, str] = {}
+    tags: dict[str, str] = {}
     for path in sorted(root.rglob("*.yaml")):
-        for name in NAME.findall(path.read_text(encoding="utf-8", errors="replace")):
+        text, folder = path.read_text(encoding="utf-8", errors="replace"), path.parent.relative_to(root).as_posix()
+        for name in NAME.findall(text):
             if name not in ("null", "None"):
-                found.setdefault(name, path.parent.relative_to(root).as_posix())
-    return found
+                found.setdefault(name, folder)
+        for block in TAG.findall(text):
+            for name in WORD.findall(block):
+                tags.setdefault(name, folder)
+    return {**tags, **found}
 
 
 def find_leaves(name: str, folder: str) -> list[Leaf]:
@@ -98,7 +106,7 @@ def _expand(name: str, folder: str, overrides: Mapping[str, Any], above: tuple[s
     if name not in entries:
         other = known_names().get(name)
         if other is None or other == folder or name in above:
-            raise BadInput(f"lm-eval has no task {name!r} in {folder}", hint="check the installed version: doctor")
+            raise BadInput(f"lm-eval has no task {name!r} in {folder}", hint="check the installed version of lm-eval")
         yield from _expand(name, other, overrides, above)
         return
     path, settings = entries[name]

@@ -53,7 +53,7 @@ def test_the_page_has_everything(data: ReportData, written: Path) -> None:
     assert re.findall("^#+ .*", text, flags=re.MULTILINE) == [
         "# Results: example-model",
         "## What was found",
-        "## Every setting under equal tokens",
+        "## Every setting, and the tokens it saw",
         "## Progressive against fixed factors",
         "## Training",
         "## The run of example",

@@ -57,6 +57,8 @@ def test_every_entry_is_in_the_installed_harness() -> None:
     assert counts == {**dict.fromkeys(counts, 1), "mmlu": 57, "bbh": 27, "agieval": 10}
     every = known_names()
     assert {b.harness for b in BENCHMARKS} <= every.keys()
+    members = [leaf.task for leaf in find_leaves("pythia", every["pythia"])]
+    assert {"arc_easy", "arc_challenge", "piqa"} <= set(members), "a group's member may be a tag of another folder"
 
 
 def test_averages_are_those_of_the_paper() -> None:
