@@ -1,10 +1,10 @@
 """Closed-loop lambda: steer the factor until a wanted share of x1 is zero, instead of picking the factor by hand.
 
 A factor means something else for every model, reduction and learning rate (method: paper App. L; the multiplicative
-rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course: half a sine from where the stage
-begins to the target, reached well before the end (while the learning rate can still move anything), then flat. The
-logarithm of lambda is moved by a proportional and an integral part of the distance from that course, which makes the
-rule indifferent to the scale of lambda.
+rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course: a quarter of a sine from where
+the stage begins to the target, steep at first and reached well before the end (while the learning rate can still move
+anything), then flat. The logarithm of lambda is moved by a proportional and an integral part of the distance from that
+course, which makes the rule indifferent to the scale of lambda.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ SMOOTHING = 60
 """The measured sparsity is smoothed over this fraction of the stage (at least 4 steps)."""
 LARGEST_RISE, LARGEST_FALL = math.log(1.25), math.log(3.0)
 """Change of log lambda in one step at most: what died under too large a factor comes back slowly, so it falls fast."""
+SHORT_RISE = 50.0
+"""The same over a stage of few steps, in which a rise of 25 % would come too late: this much by all of them."""
 SMALLEST_SHARE = 1e-3
+LARGEST_SHARE = 3.0
+"""lambda * L1 is at most this many times the next-token loss: a target that wants more is out of reach in the steps
+given, and would only ruin the model."""
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Steering:
     def course(self, step: int) -> float:
         """Where sparsity should be after ``step`` steps."""
         share = min(1.0, step / max(1.0, COURSE * self.num_steps))
-        return self.start + (self.target - self.start) * 0.5 * (1 - math.cos(math.pi * share))
+        return self.start + (self.target - self.start) * math.sin(math.pi / 2 * share)
 
     def update(self, sparsity: float, lm_loss: float, l1: float) -> None:
         """Learn from a finished step: the sparsity of its batch, its loss in nats and its reduced |x1|."""
@@ -64,7 +69,9 @@ class Steering:
         self.smoothed += (sparsity - self.smoothed) / min(window, self.steps_done)
         error = self.course(self.steps_done) - self.smoothed
         move = PROPORTIONAL * (error - self.error) + INTEGRAL / self.num_steps * error
-        self.l1_lambda *= math.exp(max(-LARGEST_FALL, min(LARGEST_RISE, move)))
+        rise = max(LARGEST_RISE, SHORT_RISE / self.num_steps)
+        self.l1_lambda *= math.exp(max(-LARGEST_FALL, min(rise, move)))
+        self.l1_lambda = min(self.l1_lambda, LARGEST_SHARE * lm_loss / max(l1, 1e-12))
         self.largest = max(self.largest, self.l1_lambda)
         self.l1_lambda = max(self.l1_lambda, SMALLEST_SHARE * self.largest)
         self.error = error

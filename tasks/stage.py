@@ -14,7 +14,8 @@ from tasks.step import Run, Work
 
 VERSION = 3
 DISTILLATION_VERSION = 2
-"""Of what a teacher adds to the loss: raised alone, it leaves stages without one in the store."""
+STEERING_VERSION = 2
+"""Of what a teacher adds to the loss, and of how lambda is steered: raised alone, they leave the other stages alone."""
 
 
 def train_stage(
@@ -54,6 +55,7 @@ def train_stage(
         "total_steps": train.total_steps,
         "precision": precision,
         **({} if stage.distill is None else {"distillation": DISTILLATION_VERSION}),
+        **({} if stage.target_sparsity is None else {"steering": STEERING_VERSION}),
     }
     if index and run.would_run("stage", version=VERSION, config=config, inputs=inputs, seed=seed, holding=holding):
         inputs["before"] = _with_optimizer(run, train, index - 1, before, corpora, dense, note)

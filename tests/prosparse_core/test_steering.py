@@ -6,13 +6,13 @@ import math
 
 import pytest
 
-from prosparse_core.steering import COURSE, START_SHARE, Steering
+from prosparse_core.steering import COURSE, LARGEST_SHARE, START_SHARE, Steering
 
 
 def simulate(steering: Steering, *, scale: float, rest: float = 0.66, noise: float = 0.003) -> list[float]:
     """A first-order plant: sparsity drifts towards a level set by lambda * scale, ever slower as training cools.
 
-    ``scale`` stands for everything that makes a factor mean something else for another model.
+    ``scale`` stands for what makes a factor mean something else for another model: the size of its L1.
     """
     sparsity, seen = rest, []
     for step in range(steering.num_steps):
@@ -20,9 +20,30 @@ def simulate(steering: Steering, *, scale: float, rest: float = 0.66, noise: flo
         cooling = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steering.num_steps))
         sparsity += 20 / steering.num_steps * cooling * (level - sparsity)
         batch = sparsity + noise * math.sin(12.9898 * step)
-        steering.update(batch, lm_loss=3.0, l1=1.0)
+        steering.update(batch, lm_loss=3.0, l1=3.0 * scale)
         seen.append(sparsity)
     return seen
+
+
+def simulate_slow(steering: Steering, *, first_step: int) -> tuple[list[float], list[float]]:
+    """(sparsity, factor) by step of a plant with the sluggishness of SmolLM2-135M at a learning rate of 4e-4.
+
+    It needs some twenty steps to follow, comes back three times slower, and hardly moves once the learning rate is low.
+    A factor of 0.3 leads it from 68 to 71.7 %, one of 0.8 to 74.6 %, as measured over 80 steps of 1,024 tokens.
+    """
+    sparsity, speed, seen, factors = 0.68, 0.0, [], []
+    total = first_step + steering.num_steps
+    for step in range(steering.num_steps):
+        pull = 0.417 * steering.l1_lambda
+        cooling = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (first_step + step) / total))
+        wanted = cooling / 22 * (0.68 + 0.32 * pull / (1 + pull) - sparsity)
+        speed += 0.2 * ((wanted if wanted > 0 else 0.35 * wanted) - speed)
+        sparsity += speed
+        noise = 0.006 * math.sin(12.9898 * step)
+        steering.update(sparsity + noise, lm_loss=2.6, l1=4.5 * (1 - 3 * (sparsity - 0.68)))
+        seen.append(sparsity)
+        factors.append(steering.l1_lambda)
+    return seen, factors
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
@@ -45,11 +66,11 @@ def test_the_first_factor_comes_from_the_loss_and_later_ones_from_before() -> No
     assert carried.l1_lambda == 0.3
 
 
-def test_the_course_is_half_a_sine_to_the_target_and_then_flat() -> None:
+def test_the_course_is_a_quarter_of_a_sine_to_the_target_and_then_flat() -> None:
     steering = Steering(0.9, 200)
     steering.update(0.5, 1.0, 1.0)
     assert steering.course(0) == 0.5
-    assert steering.course(round(COURSE * 200 / 2)) == pytest.approx(0.7)
+    assert steering.course(round(COURSE * 200 / 2)) == pytest.approx(0.5 + 0.4 * math.sin(math.pi / 4))
     assert steering.course(round(COURSE * 200)) == steering.course(200) == pytest.approx(0.9)
 
 
@@ -61,3 +82,25 @@ def test_its_state_is_everything_it_needs() -> None:
         for one in (whole, broken):
             one.update(0.6 + 0.003 * step + 0.01 * math.sin(step), 3.0 - 0.01 * step, 1.0)
     assert whole == broken
+
+
+@pytest.mark.parametrize(("num_steps", "first_step"), [(80, 40), (206, 50), (850, 150)])
+@pytest.mark.parametrize("target", [0.70, 0.72, 0.75])
+def test_a_sluggish_model_lands_within_a_point_also_in_few_steps(
+    num_steps: int, first_step: int, target: float
+) -> None:
+    seen, factors = simulate_slow(Steering(target, num_steps), first_step=first_step)
+    assert seen[-1] == pytest.approx(target, abs=0.01)
+    assert max(seen) < target + 0.01
+    assert max(factors) < 2.5, "the largest fixed factor that was trained is 1"
+
+
+def test_a_target_out_of_reach_does_not_ruin_the_model() -> None:
+    """It raised lambda to 2,000 by the end of the stage, where the learning rate can no longer follow."""
+    seen, factors = simulate_slow(Steering(0.95, 80), first_step=40)
+    assert max(factors) < 4
+    assert 0.75 < seen[-1] < 0.8
+    steering = Steering(0.95, 80, l1_lambda=5.0)
+    for _ in range(4):
+        steering.update(0.7, lm_loss=2.0, l1=4.0)
+        assert steering.l1_lambda <= LARGEST_SHARE * 2.0 / 4.0 or steering.steps_done == 1
