@@ -15,18 +15,17 @@ from typing import Any
 
 COURSE = 0.55
 """Share of the stage's steps after which the course has reached the target."""
-START_SHARE = 0.0003
-"""The first factor makes lambda * L1 this share of the next-token loss."""
+START_SHARE = 0.03
+"""The first factor makes lambda * L1 this share of the next-token loss: too little to do harm, and not far from what
+does something."""
 PROPORTIONAL = 60.0
 """Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by 80 %."""
-INTEGRAL = 700.0
-"""The same per stage: a point behind during a whole stage would raise log lambda by 7."""
+INTEGRAL = 400.0
+"""The same per stage: a point behind during a whole stage would raise log lambda by 4."""
 SMOOTHING = 60
 """The measured sparsity is smoothed over this fraction of the stage (at least 4 steps)."""
 LARGEST_RISE, LARGEST_FALL = math.log(1.25), math.log(3.0)
 """Change of log lambda in one step at most: what died under too large a factor comes back slowly, so it falls fast."""
-SHORT_RISE = 50.0
-"""The same over a stage of few steps, in which a rise of 25 % would come too late: this much by all of them."""
 SMALLEST_SHARE = 1e-3
 LARGEST_SHARE = 3.0
 """lambda * L1 is at most this many times the next-token loss: a target that wants more is out of reach in the steps
@@ -69,8 +68,7 @@ class Steering:
         self.smoothed += (sparsity - self.smoothed) / min(window, self.steps_done)
         error = self.course(self.steps_done) - self.smoothed
         move = PROPORTIONAL * (error - self.error) + INTEGRAL / self.num_steps * error
-        rise = max(LARGEST_RISE, SHORT_RISE / self.num_steps)
-        self.l1_lambda *= math.exp(max(-LARGEST_FALL, min(rise, move)))
+        self.l1_lambda *= math.exp(max(-LARGEST_FALL, min(LARGEST_RISE, move)))
         self.l1_lambda = min(self.l1_lambda, LARGEST_SHARE * lm_loss / max(l1, 1e-12))
         self.largest = max(self.largest, self.l1_lambda)
         self.l1_lambda = max(self.l1_lambda, SMALLEST_SHARE * self.largest)
