@@ -208,6 +208,13 @@ class _Loop:
         """The whole step's, whatever the number of processes."""
         return self.mixture.batch(step, self._sequences)
 
+    def _taught(self, tokens: Tensor) -> Tensor:
+        """The teacher's logits, which nothing keeps."""
+        assert self.teacher is not None
+        with torch.no_grad(), autocast(self.precision, self.device.type):
+            logits: Tensor = self.teacher(input_ids=tokens, use_cache=False).logits
+        return logits
+
     def step(self, step: int) -> StepMetrics:
         """One update of the weights from this process's share of the batch and the gradients of all."""
         began = time.perf_counter()
@@ -230,10 +237,8 @@ class _Loop:
                 loss = next_token_loss(logits, labels) / max(1, num_labels)
                 lm_loss += loss.detach()
                 if self.teacher is not None and distill is not None:
-                    with torch.no_grad(), autocast(self.precision, device.type):
-                        wanted = self.teacher(input_ids=tokens, use_cache=False).logits
                     share = distill.weight / max(1, num_labels)
-                    divergence = distillation_loss(logits, wanted, labels, distill.temperature, share)
+                    divergence = distillation_loss(logits, self._taught(tokens), labels, distill.temperature, share)
                     distilled += divergence.detach() / distill.weight
                     loss = loss + divergence
                 (ranks.size * loss).backward()  # the gradients are averaged over the processes

@@ -11,8 +11,8 @@ Autograd keeps of a layer, a token, outside checkpointing:
   act(gate), up, x1                                                 3 b f        the regularizer keeps down's own x1
 of an ungated layer act(up) alone, and four matrices' inputs. Under autocast every weight that is multiplied is kept
 once more in bf16 until its backward is over. Of n x vocab logits: the logits themselves (b), which a variable holds
-until the next pass, and their gradient (b); the loss reads them a few rows at a time. A teacher's logits come on top,
-and in fp32 both log-softmaxes, their difference and two gradients.
+until the next pass, and their gradient (b); the loss reads them a few rows at a time. A teacher's logits are gone by
+then; the gradient of the divergence from them comes on top, and the sum of both gradients.
 
 Under FSDP2 a rank holds its share of weights, gradients and moments, and whole: embedding and head in fp32 from the
 first forward to the last backward, with their gradients and the buffer these are reduced from; of the layers, in b, the
@@ -154,7 +154,7 @@ def _moments(training: Training, layout: Layout) -> dict[str, list[_Blocks]]:
     held = _Blocks("logits", b * logits)
     loss = [held, held]
     if training.teacher:
-        loss += [held, _Blocks("logits", 4 * logits, 5)]
+        loss += [held, held]
     head_gradient = [_Blocks("gradients", 4 * weights.embedding)] if trains_embedding else []
     # The embedding's gradient is dense, and made beside the one it is added to: the head's, or an earlier pass's.
     beside = [_Blocks("workspace", 4 * weights.embedding)] if trains_embedding and (s.tied or before) else []
