@@ -15,9 +15,12 @@ from typing import Any
 
 COURSE = 0.55
 """Share of the stage's steps after which the course has reached the target."""
-START_SHARE = 0.03
-"""The first factor makes lambda * L1 this share of the next-token loss: too little to do harm, and not far from what
-does something."""
+START_SHARE = 0.0003
+"""The first factor makes lambda * L1 this share of the next-token loss: too little to do harm to any model."""
+FIRST_RISE = math.log(1.5)
+"""Change of log lambda in every step until L1 has fallen by ``ANSWER``: what a factor does to one model it does to another
+at a thousand times its size, and a short stage has no time to find that out slowly."""
+ANSWER = 0.07
 PROPORTIONAL = 60.0
 """Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by 80 %."""
 INTEGRAL = 400.0
@@ -49,6 +52,10 @@ class Steering:
     """Sparsity at the beginning of the stage."""
     smoothed: float = 0.0
     error: float = 0.0
+    first_l1: float = 0.0
+    smoothed_l1: float = 0.0
+    answered: bool = False
+    """L1 has begun to fall: lambda is large enough to do something."""
     largest: float = 0.0
     """The largest factor so far: lambda stays above a small share of it, so that it finds back from a fall."""
 
@@ -62,13 +69,18 @@ class Steering:
         self.steps_done += 1
         if self.steps_done == 1:
             self.start = self.smoothed = sparsity
+            self.first_l1 = self.smoothed_l1 = l1
+            self.answered = self.l1_lambda > 0
             self.l1_lambda = self.l1_lambda or START_SHARE * lm_loss / max(l1, 1e-12)
             return
         window = max(4.0, self.num_steps / SMOOTHING)
         self.smoothed += (sparsity - self.smoothed) / min(window, self.steps_done)
+        self.smoothed_l1 += (l1 - self.smoothed_l1) / min(4.0, self.steps_done)
+        self.answered |= self.smoothed_l1 < (1 - ANSWER) * self.first_l1 or self.smoothed > self.target
         error = self.course(self.steps_done) - self.smoothed
         move = PROPORTIONAL * (error - self.error) + INTEGRAL / self.num_steps * error
-        self.l1_lambda *= math.exp(max(-LARGEST_FALL, min(LARGEST_RISE, move)))
+        move = max(-LARGEST_FALL, min(LARGEST_RISE, move)) if self.answered else FIRST_RISE
+        self.l1_lambda *= math.exp(move)
         self.l1_lambda = min(self.l1_lambda, LARGEST_SHARE * lm_loss / max(l1, 1e-12))
         self.largest = max(self.largest, self.l1_lambda)
         self.l1_lambda = max(self.l1_lambda, SMALLEST_SHARE * self.largest)

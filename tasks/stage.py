@@ -14,7 +14,7 @@ from tasks.step import Run, Work
 
 VERSION = 3
 DISTILLATION_VERSION = 2
-STEERING_VERSION = 2
+STEERING_VERSION = 3
 """Of what a teacher adds to the loss, and of how lambda is steered: raised alone, they leave the other stages alone."""
 
 
