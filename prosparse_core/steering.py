@@ -3,8 +3,8 @@
 A factor means something else for every model, reduction and learning rate (method: paper App. L; the multiplicative
 rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course: a quarter of a sine from where
 the stage begins to the target, steep at first and reached well before the end (while the learning rate can still move
-anything), then flat. The logarithm of lambda is moved by a proportional and an integral part of the distance from that
-course, which makes the rule indifferent to the scale of lambda.
+anything), then flat. The logarithm of lambda rises evenly until L1 itself begins to fall, and is then moved by a
+proportional and an integral part of the distance from that course: the rule is indifferent to the scale of lambda.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ COURSE = 0.55
 START_SHARE = 0.0003
 """The first factor makes lambda * L1 this share of the next-token loss: too little to do harm to any model."""
 FIRST_RISE = math.log(1.5)
-"""Change of log lambda in every step until L1 has fallen by ``ANSWER``: what a factor does to one model it does to another
-at a thousand times its size, and a short stage has no time to find that out slowly."""
+"""Change of log lambda in every step until L1 has fallen by ``ANSWER``: what a factor does to one model it does to
+another at a thousand times its size, and a short stage has no time to find that out slowly."""
 ANSWER = 0.07
 PROPORTIONAL = 60.0
 """Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by 80 %."""
