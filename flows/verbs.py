@@ -18,6 +18,7 @@ from flows.bench_table import bench_rows, bench_tables
 from flows.plan_table import verdict
 from flows.run import check_steps, home_folder, open_run, planned, terminate_as_exception
 from prosparse_core import recipe as recipes
+from prosparse_core import settings
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.ledger import EXAMPLES, Ledger
 from prosparse_core.store import make_folder
@@ -132,6 +133,8 @@ def verb_plan(arguments: argparse.Namespace) -> int:
     cost = estimate(recipe, shape, speed, asked, psutil.virtual_memory().total) if shape else None
     problem = None
     try:
+        if not arguments.compare:
+            settings.require_relu(recipe)
         steps(run)
     except ProSparseError as error:  # a model or corpus that is not here yet does not hide the costs
         problem = error

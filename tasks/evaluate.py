@@ -68,13 +68,14 @@ def _build(
     section = run.recipe.evaluate
     held_out = None if corpora is None else read_held_out(corpora.path, choice=section.choice)
     model, tokenizer = load_variant(variant, device)
+    parts = Parts(work.folder)
     how: dict[str, Any] = {
         "precision": precision,
         "batch_size": section.batch_size,
         "limit": section.limit,
         "progress": work.progress,
+        "parts": parts,
     }
-    parts = how["parts"] = Parts(work.folder)
     found = []
     if held_out is not None:
         found.append(measure_held_out(model, tokenizer, held_out, **how))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 from kernels.build import find_compiler
@@ -49,9 +51,18 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
     if shape is not None:
         stages = (trained.num_stages, trained.num_last) if trained else ()
         most = disk(recipe, shape, *stages).most[recipe.runtime.keep]
-        there = sum(p.stat().st_size for p in (home / "store").rglob("*") if p.is_file())
         # What an earlier attempt has left is not needed once more.
-        require_space(home, max(0, most - there), f"a run of {recipe.name}")
+        require_space(home, max(0, most - _size(home / "store")), f"a run of {recipe.name}")
+
+
+def _size(folder: Path) -> int:
+    """Bytes under a folder that other runs may be working in: what vanishes while it is counted does not count."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found += os.lstat(os.path.join(parent, name)).st_size
+    return found
 
 
 def _check_compiler(runtime: Runtime) -> None:

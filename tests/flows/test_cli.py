@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import yaml
 from flows import cli
 from prosparse_core import recipe as recipes
 from prosparse_core.store import Store
+from tasks import preflight
 
 
 @pytest.fixture
@@ -75,6 +77,7 @@ ONE = "[{until_step: 4, l1: 0}]"
             ["compare", "tiny", "--set", "compare.settings=[vanilla_relu]", "--set", f"train.stages={ONE}"],
             "vanilla_relu cannot be made of the stages of tiny",
         ),
+        (["plan", "tiny", "--set", "train.activation=drelu"], "thresholds are calibrated for FATReLU"),
         (["plan", "tiny", "--compare", "--set", "train.activation=drelu"], "compare trains and measures other"),
         (["query", "FROM results"], "ledger"),
         (["report"], "ledger"),
@@ -234,3 +237,20 @@ def doctor_says_of_the_store(capsys: pytest.CaptureFixture[str]) -> tuple[str, s
     code = cli.main(["doctor", "--verify", "--json"])
     finding = next(f for f in json.loads(capsys.readouterr().out) if f["check"] == "store")
     return finding["state"], finding["found"], code
+
+
+def test_a_store_in_which_another_run_works_can_be_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is moved away between being listed and being looked at is no reason to stop."""
+    (tmp_path / "sub").mkdir()
+    for name in ("kept", "sub/kept", "gone"):
+        (tmp_path / name).write_bytes(b"12345")
+    real = os.lstat
+
+    def lstat(path: str) -> os.stat_result:
+        if path.endswith("gone"):
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    assert preflight._size(tmp_path) == 10
+    assert preflight._size(tmp_path / "nowhere") == 0
