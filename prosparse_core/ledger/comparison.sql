@@ -60,7 +60,8 @@ CREATE VIEW matched_sparsity AS
       first(f ORDER BY f.sparsity DESC, f.variant) FILTER (f.sparsity <= p.sparsity) AS below,
       first(f ORDER BY f.sparsity, f.variant) FILTER (f.sparsity >= p.sparsity) AS above
     FROM spread_points p LEFT JOIN fixed f
-      ON f.model = p.model AND f.run_id IS NOT DISTINCT FROM p.run_id AND f.tokens_seen = p.tokens_seen
+      ON f.model = p.model AND f.run_id IS NOT DISTINCT FROM p.run_id
+      AND (f.tokens_seen = p.tokens_seen OR p.setting = 'distilled_equal_time') -- which pays its time in tokens
     GROUP BY ALL),
   placed AS (
     SELECT p.*, b.below, b.above, b.least, b.most, b.num_factors,
@@ -78,10 +79,16 @@ CREATE VIEW matched_sparsity AS
   compared AS (
     SELECT *, CASE WHEN num_factors > 0
                    THEN exp((1 - share) * ln(below.perplexity) + share * ln(above.perplexity)) END AS fixed_perplexity,
-      squared_error(n, read_error, var_log, var_zeros, covariance, slope)
-        + (1 - share)^2 * squared_error(below.n, below.read_error, below.var_log, below.var_zeros, below.covariance, slope)
-        + share^2 * squared_error(above.n, above.read_error, above.var_log, above.var_zeros, above.covariance, slope)
-        AS error,
+      squared_error(n, read_error, var_log, var_zeros, covariance, slope) AS error_own,
+      (1 - share)^2 * squared_error(below.n, below.read_error, below.var_log, below.var_zeros, below.covariance, slope)
+        AS error_below,
+      share^2 * squared_error(above.n, above.read_error, above.var_log, above.var_zeros, above.covariance, slope)
+        AS error_above,
+      error_own + error_below + error_above AS error,
+      -- Welch-Satterthwaite: the three variances differ; the evaluation's own error counts as known
+      coalesce(error_own^2 / nullif(greatest(n - 1, 0), 0), 0)
+        + coalesce(error_below^2 / nullif(greatest(below.n - 1, 0), 0), 0)
+        + coalesce(error_above^2 / nullif(greatest(above.n - 1, 0), 0), 0) AS error_of_error,
       CASE WHEN share < 1 THEN below.n > 1 ELSE above.n > 1 END AS seeds_on_one_side,
       CASE WHEN share > 0 THEN above.n > 1 ELSE below.n > 1 END AS seeds_on_other_side
     FROM placed)
@@ -92,9 +99,8 @@ CREATE VIEW matched_sparsity AS
          WHEN n > 1 AND seeds_on_one_side AND seeds_on_other_side THEN 'seeds'
          WHEN n > 1 OR seeds_on_one_side OR seeds_on_other_side THEN 'seeds and evaluation'
          ELSE 'evaluation' END AS error_source,
-    CASE WHEN fixed_perplexity IS NOT NULL AND n > 1 AND seeds_on_one_side AND seeds_on_other_side
-         THEN n - 1 + CASE WHEN share < 1 THEN below.n - 1 ELSE 0 END + CASE WHEN share > 0 THEN above.n - 1 ELSE 0 END
-    END AS degrees_of_freedom,
+    CASE WHEN fixed_perplexity IS NOT NULL AND error_of_error > 0 THEN error^2 / error_of_error END
+      AS degrees_of_freedom,
     CASE WHEN num_factors > 0 THEN below.l1 END AS l1_below, CASE WHEN num_factors > 0 THEN above.l1 END AS l1_above,
     CASE WHEN num_factors > 0 THEN below.sparsity END AS sparsity_below,
     CASE WHEN num_factors > 0 THEN above.sparsity END AS sparsity_above,
@@ -110,5 +116,6 @@ CREATE VIEW matched_sparsity AS
   FROM compared;
 COMMENT ON VIEW matched_sparsity IS
   'Does progressive regularization cost less than a fixed factor? The perplexity of every progressive setting beside '
-  'that of fixed factors at the same sparsity and tokens, ln(perplexity) taken as linear in sparsity between the two '
-  'nearest factors (plain ReLU is the factor 0). Never extrapolated: then the numbers are NULL and reason says why.';
+  'that of fixed factors at the same sparsity and tokens (distilled_equal_time: at the same time), ln(perplexity) taken '
+  'as linear in sparsity between the two nearest factors (plain ReLU is the factor 0). Never extrapolated: then the '
+  'numbers are NULL and reason says why. degrees_of_freedom are Welch and Satterthwaite''s, NULL where no seed repeats.';

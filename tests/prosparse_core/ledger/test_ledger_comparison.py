@@ -173,22 +173,43 @@ def test_matched_sparsity_over_seeds_is_the_spread_off_the_line(small: Ledger) -
     nats = [math.log(statistics.mean(r.perplexities[0] for r in part)) for part in (low, high, star)]
     slope = (nats[1] - nats[0]) / (zeros[1] - zeros[0])
     share = (zeros[2] - zeros[0]) / (zeros[1] - zeros[0])
-    squared = 0.0
+    squares = []
     for part, weight in ((low, 1 - share), (high, share), (star, 1.0)):
         off = [math.log(r.perplexities[0]) - slope * r.sparsity for r in part]
-        squared += weight**2 * statistics.variance(off) / len(off)
+        squares.append(weight**2 * statistics.variance(off) / len(off))
+    squared, freedom = sum(squares), (3 - 1, 2 - 1, 2 - 1)
+    welch = squared**2 / sum(s**2 / k for s, k in zip(squares, freedom, strict=True))
     fixed = math.exp(nats[0] + share * (nats[1] - nats[0]))
     assert row["fixed_perplexity"] == pytest.approx(fixed)
     assert row["difference_pct"] == pytest.approx(100 * (12.3 / fixed - 1))
     assert row["difference_stderr_pct"] == pytest.approx(100 * 12.3 / fixed * math.sqrt(squared))
-    assert (row["error_source"], row["degrees_of_freedom"], row["num_seeds"]) == ("seeds", 2 + 1 + 1, 2)
+    assert (row["error_source"], row["num_seeds"]) == ("seeds", 2)
+    assert row["degrees_of_freedom"] == pytest.approx(welch)
+    assert 1 <= welch <= sum(freedom)
+
+
+def test_what_few_seeds_do_not_know_counts_beside_a_known_error(small: Ledger) -> None:
+    """Two seeds of the progressive setting, one of each factor: the variance of one degree of freedom and a known one."""
+    star = [even("prosparse_star", p, 0.7, 1.0, seed=k) for k, p in enumerate((12.0, 13.0))]
+    [row] = found(small, VANILLA, FIXED, *star)
+    seeds, known = statistics.variance(math.log(p) for p in (12.0, 13.0)) / 2, 0.01**2 / 2
+    assert row["degrees_of_freedom"] == pytest.approx((seeds + known) ** 2 / seeds**2)
+    assert row["error_source"] == "seeds and evaluation"
+
+
+def test_fewer_tokens_in_the_same_time_stand_beside_the_factors(small: Ledger) -> None:
+    fewer = {"tokens": TOKENS // 2}
+    rows = [even(s, 12.0, 0.7, 1.0, **fewer) for s in ("distilled_equal_time", "prosparse_star")]
+    timed, star = found(small, VANILLA, FIXED, *rows)
+    assert (timed["fixed_perplexity"], timed["tokens_seen"]) == (pytest.approx(math.sqrt(200)), TOKENS // 2)
+    assert "no fixed_l1 that saw as many tokens" in star["reason"]
 
 
 def test_single_seeds_lend_the_evaluations_error(ledger: Ledger) -> None:
     rows = {r["setting"]: r for r in ledger.query("FROM matched_sparsity").records()}
     assert set(rows) == {"prosparse_star", "closed_loop"}, "thresholds shift the sparsity of prosparse: not comparable"
     assert rows["prosparse_star"]["error_source"] == rows["closed_loop"]["error_source"] == "seeds and evaluation"
-    assert rows["prosparse_star"]["degrees_of_freedom"] is None
+    assert all(row["degrees_of_freedom"] > 2 - 1 for row in rows.values()), "one seed's error counts as known"
     assert (rows["closed_loop"]["l1_below"], rows["closed_loop"]["l1_above"]) == (0.0, 0.3)
 
 
