@@ -70,7 +70,7 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said += [f"Not measured: {note}." for note in missing]
     absent = [s for s in data.expected if s not in {r["setting"] for r in rows}]
     said += [f"{name_of(s)} is missing: {data.why_missing('evaluate', s)}." for s in absent]
-    if any(r["paper_model"] and r["gap"] is None for r in data["paper"]):
+    if any(r["is_foreign"] for r in data["paper"]):
         said.append(f"The paper does not treat {data.run['model']}: its numbers stand beside ours as a scale only.")
     return said
 

@@ -79,6 +79,7 @@ def test_benchmarks_group_as_the_paper_does(tmp_path: Path) -> None:
         {"task": "mbpp", "metric": "pass_at_1,none", "value": 0.4},
         {"task": "social_iqa", "metric": "acc,none", "value": 0.4},
         {"task": "copa", "metric": "acc,none", "value": 0.8},
+        *({"task": task, "metric": "acc,none", "value": 0.6} for task in ("piqa", "hellaswag", "winogrande")),
         {"task": "boolq", "metric": "acc,none", "value": 0.6},
         {"task": "lambada_openai", "metric": "acc,none", "value": 0.5},
         {"task": "lambada_openai", "metric": "perplexity,none", "value": 9.0, "higher_is_better": False},
@@ -107,7 +108,7 @@ def test_benchmarks_group_as_the_paper_does(tmp_path: Path) -> None:
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert row["average"] == pytest.approx(sum(expected.values()) / 7)
-    assert row["num_benchmarks"] == 12
+    assert (row["num_benchmarks"], row["incomplete"]) == (15, [])
     sql = "SELECT metric, round(ours, 9), paper, round(gap, 9) FROM paper_gap WHERE run_id = 'r' AND metric IN "
     rows_found = ask(ledger, sql + "('average_pct', 'humaneval_pct', 'gsm8k_pct') ORDER BY metric")
     average = 100 * sum(expected.values()) / 7
@@ -116,6 +117,41 @@ def test_benchmarks_group_as_the_paper_does(tmp_path: Path) -> None:
         ("gsm8k_pct", 10.0, 12.13, -2.13),
         ("humaneval_pct", 20.0, 16.46, 3.54),
     ]
+
+
+def test_a_mean_that_lacks_a_benchmark_is_not_the_papers(tmp_path: Path) -> None:
+    """One of five commonsense benchmarks, and a group of which a task is n/a: values, but no gap and no average."""
+    whole = ("humaneval", "mbpp", "piqa", "boolq", "lambada_openai", "tydiqa_goldp_en", "gsm8k", "mmlu")
+    rows: list[dict[str, Any]] = [
+        {"task": task, "metric": "acc", "value": 0.5, "stderr": 0.03, "limit": 10} for task in whole
+    ]
+    rows += [
+        {"task": "bbh_fewshot", "metric": "exact_match", "value": 0.3, "stderr": 0.04},
+        {"task": "agieval_en", "metric": "acc", "value": 0.4, "stderr": 0.05},
+        {"task": "agieval_math", "metric": "acc", "value": None, "note": "dataset x not found in y", "headline": True},
+    ]
+    ledger = scores(tmp_path, rows)
+    [row] = ledger.query("FROM leaderboard").records()
+    lacking = ["agieval_math", "copa", "hellaswag", "siqa", "winogrande"]
+    assert (row["commonsense"], row["average"], row["average_stderr"], row["incomplete"]) == (0.5, None, None, lacking)
+    sql = "SELECT ours, stderr, partial, not_measured, gap FROM paper_gap WHERE run_id = 'r' AND metric = "
+    assert ask(ledger, sql + "'commonsense_pct'") == [
+        (50.0, 3.0, True, ["siqa", "hellaswag", "winogrande", "copa"], None)
+    ]
+    assert ask(ledger, sql + "'agieval_pct'") == [(40.0, 5.0, False, ["agieval_math"], None)]
+    error = pytest.approx(100 * math.hypot(0.03, 0.03) / 2)
+    assert ask(ledger, sql + "'code_pct'") == [(50.0, error, True, [], pytest.approx(50 - 19.42))]
+    assert ask(ledger, sql + "'average_pct' AND ours IS NOT NULL") == []
+
+
+def test_the_average_has_the_error_of_a_mean_of_seven(tmp_path: Path) -> None:
+    tasks = "humaneval mbpp piqa siqa hellaswag winogrande copa boolq lambada tydiqa gsm8k mmlu bbh agieval".split()
+    ledger = scores(tmp_path, [{"task": t, "metric": "acc", "value": 0.5, "stderr": 0.03} for t in tasks])
+    [(average, error, incomplete)] = ask(ledger, "SELECT average, average_stderr, incomplete FROM leaderboard")
+    squares = sum((0.03 / math.sqrt(n)) ** 2 for n in (2, 5, 3, 1, 1, 1, 1))
+    assert (average, error, incomplete) == (pytest.approx(0.5), pytest.approx(math.sqrt(squares) / 7), [])
+    ours, stderr = ask(ledger, "SELECT ours, stderr FROM paper_gap WHERE run_id = 'r' AND metric = 'average_pct'")[0]
+    assert (ours, stderr) == (pytest.approx(50), pytest.approx(100 * math.sqrt(squares) / 7))
 
 
 def test_a_headline_metric_stands_for_its_task(tmp_path: Path) -> None:
