@@ -85,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         nargs="?",
         const="docs",
-        help="write DIR/results.md (default: docs) about a comparison; other runs, as a long one, add their curves",
+        help="write DIR/results.md (default: docs) about a comparison, with the curves of other runs named beside it, or "
+        "DIR/benchmarks.md about evaluations",
     )
     _add_export(verb("export", "write the model of a run in the format of another program"))
     return parser

@@ -243,7 +243,7 @@ def verb_doctor(arguments: argparse.Namespace) -> int:
 
 
 def verb_report(arguments: argparse.Namespace) -> int:
-    """Write the report of a finished run from the ledger, or the results page of a comparison."""
+    """Write the report of a finished run from the ledger, or a page of a comparison or of evaluations."""
     from prosparse_core.report import write_report, write_results
 
     ledger = Ledger(home_folder())

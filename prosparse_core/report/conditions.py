@@ -25,6 +25,7 @@ def conditions(runs: Sequence[ReportData]) -> Grid:
         ("Outcome", lambda d: f"{d.run['status']}, {_time(d)}"),
         ("Training tokens per setting", lambda d: _tokens(d) or NA),
         ("Held-out tokens", _held_out),
+        ("Evaluation: precision, batch size", _evaluated_with),
         ("Seeds of the data order", lambda d: seeds(_seeds(d)) or NA),
         ("Processor", lambda d: _of_places(d, "cpu")),
         ("Cores, threads", lambda d: f"{_of_places(d, 'cores')}, {_of_places(d, 'threads')}"),
@@ -104,6 +105,11 @@ def _held_out(data: ReportData) -> str:
     for row in rows:
         largest[row["corpus"]] = max(row["n"], largest.get(row["corpus"], 0))
     return ", ".join(f"{corpus} {count(n)}" for corpus, n in sorted(largest.items())) or NA
+
+
+def _evaluated_with(data: ReportData) -> str:
+    found = {(r["dtype"], r["batch_size"]) for r in data["scores"] if r["dtype"]}
+    return " / ".join(f"{dtype}, {batch_size}" for dtype, batch_size in sorted(found, key=str)) or NA
 
 
 def _seeds(data: ReportData) -> list[Any]:

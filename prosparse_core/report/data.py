@@ -57,13 +57,27 @@ FROM evaluations e JOIN run_artifacts r USING (artifact)
 WHERE r.run_id = {run} AND r.step = 'export' ORDER BY e.task, e.metric""",
     "scores": """
 SELECT v.setting, variant, e.task, e.corpus, e.metric, e.value, e.stderr, e.n, e.num_fewshot, e."limit",
-       e.headline, e.note
+       e.headline, e.dtype, e.batch_size, e.note
 FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
 WHERE r.run_id = {run} AND r.step NOT IN ('substitute', 'export')
   AND (e.task IS NOT NULL OR e.metric = 'token_perplexity')
 QUALIFY row_number() OVER (PARTITION BY variant, e.task, e.corpus, e.metric
                            ORDER BY e."limit" IS NOT NULL, r.measured_at DESC, artifact) = 1
 ORDER BY v.setting, e.task, e.corpus, e.metric""",
+    "benchmarks": """
+WITH asked AS (
+  SELECT v.setting, variant, benchmark_of(e.task) AS benchmark, max(e.num_fewshot) AS num_fewshot,
+         max(e."limit") AS "limit", max(e.dtype) AS dtype, max(e.batch_size) AS batch_size,
+         list_sort(list(DISTINCT e.task || ': ' || e.note) FILTER (e.value IS NULL)) AS reasons
+  FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
+  WHERE r.run_id = {run} AND e.task IS NOT NULL AND e.corpus IS NULL GROUP BY ALL)
+SELECT a.*, b.metric, b.value, b.stderr, b.n, b.partial, b.not_measured
+FROM asked a LEFT JOIN benchmarks b ON b.run_id = {run} AND (b.variant, b.benchmark) = (a.variant, a.benchmark)
+ORDER BY list_position(flatten([members_of(s) FOR s IN ['code', 'commonsense', 'reading', 'gsm8k', 'mmlu', 'bbh',
+                                                        'agieval']]), a.benchmark) NULLS LAST, a.benchmark, a.variant""",
+    "suites": """
+SELECT setting, variant, suite, value, stderr, num_benchmarks, partial, not_measured, len(members_of(suite)) AS expected
+FROM suites WHERE run_id = {run} AND len(members_of(suite)) > 1 ORDER BY suite, variant""",
     "layers": """
 SELECT v.setting, variant, s.corpus, s.layer, s.sparsity, s.chunk_sparsity, s.dead_frac, s.mean_abs_live,
        h.survivor_ratio, s.num_tokens, s.threshold

@@ -1,4 +1,5 @@
-"""The results page: what a comparison of settings came to, as Markdown with its figures, for the documentation.
+"""The results page: what a comparison of settings came to, as Markdown with its figures, for the documentation; and the
+page of evaluations beside each other.
 
 Every number is read from the ledger's views; the same ledger gives the same bytes.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.ledger import Ledger
-from prosparse_core.report import tables, tables_compare
+from prosparse_core.report import benchmarks, tables, tables_compare
 from prosparse_core.report.conditions import conditions, limits
 from prosparse_core.report.data import ReportData, collect
 from prosparse_core.report.format import SPACE
@@ -27,6 +28,9 @@ from prosparse_core.report.plot_tradeoff import tradeoff
 from prosparse_core.report.sheet import PAPER
 
 PAGE, FIGURES = "results.md", "results"
+BENCHMARKS_PAGE = "benchmarks.md"
+EVALUATE = "evaluate"
+"""The flow that measures a checkpoint without training."""
 _OWN = re.compile(r"(comparison|courses|course(-\d+)?|thresholds)\.svg")
 """What an earlier page may have left; other files in the folder are not ours."""
 _PADDING = 16
@@ -35,17 +39,18 @@ _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial
 
 
 def write_results(ledger: Ledger, run_ids: Sequence[str], folder: Path) -> list[Path]:
-    """Write ``results.md`` and ``results/*.svg`` under ``folder``; returns what was written, the page first.
+    """Write ``results.md`` and ``results/*.svg`` under ``folder``, or for evaluations alone ``benchmarks.md``; returns
+    what was written, the page first.
 
     Figures and page are complete before any of them takes its place, and the page goes last: a failure leaves the old
     page with figures it can stand on.
 
     Args:
-        run_ids: one run of the flow ``compare``; others, such as a long run of the main path, add their curves. Empty:
-            the newest finished comparison.
+        run_ids: one run of the flow ``compare``; others, such as a long run of the main path, add their curves, and
+            evaluations their benchmarks. Empty: the newest finished comparison.
 
     Raises:
-        BadInput: no such run, no comparison among them, or more than one.
+        BadInput: no such run, no comparison among them, or more than one; evaluations that do not compare.
         EnvironmentProblem: ``folder`` cannot be written.
     """
     ids = list(run_ids) or [_newest_comparison(ledger)]
@@ -53,6 +58,8 @@ def write_results(ledger: Ledger, run_ids: Sequence[str], folder: Path) -> list[
     unknown = [run_id for run_id in ids if run_id not in flows]
     if unknown:
         raise BadInput(f"no run {unknown[0]!r} in {ledger.path}", hint=_RUNS)
+    if all(flows[run_id] == EVALUATE for run_id in ids):
+        return _replace(folder, BENCHMARKS_PAGE, benchmarks.page([collect(ledger, run_id) for run_id in ids]), {})
     num_comparisons = sum(flows[run_id] == "compare" for run_id in ids)
     if num_comparisons != 1:
         raise BadInput(
@@ -61,7 +68,7 @@ def write_results(ledger: Ledger, run_ids: Sequence[str], folder: Path) -> list[
         )
     found = sorted((collect(ledger, run_id) for run_id in ids), key=lambda data: not data.is_comparison)
     text, figures = page(found[0], found[1:])
-    return _replace(folder, text, figures)
+    return _replace(folder, PAGE, text, figures)
 
 
 def _newest_comparison(ledger: Ledger) -> str:
@@ -103,7 +110,8 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         "## Training",
         figure(courses(data), "courses"),
     ]
-    for number, other in enumerate(others, start=1):
+    evaluations = [other for other in others if other.run["flow"] == EVALUATE]
+    for number, other in enumerate((other for other in others if other not in evaluations), start=1):
         parts += [
             f"## The run of {escaped(str(other.run['recipe']))}",
             figure(course(other), "course" if number == 1 else f"course-{number}"),
@@ -113,6 +121,7 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         "## One threshold for all layers, or one per layer",
         figure(tradeoff(data), "thresholds"),
         table(tables_compare.rules(data), data.why_missing("calibrate")),
+        *(["## Benchmarks", _table(benchmarks.scores(evaluations))] if evaluations else []),
         "## Beside the paper",
         table(tables_compare.paper(data), "the paper has none of the settings that this run measured"),
         "## Corpus by corpus",
@@ -131,6 +140,9 @@ def commands(runs: Sequence[ReportData]) -> list[str]:
     """The commands that make the runs, this page, and the questions behind its tables."""
     lines = []
     for data in runs:
+        if data.run["flow"] == EVALUATE:
+            lines.append(benchmarks.command(data))
+            continue
         verb = "compare" if data.is_comparison else "run"
         changes = [word for change in data.run["overrides"] or [] for word in ("--set", str(change))]
         lines.append(shlex.join(["prosparse", verb, str(data.run["recipe"]), *changes]))
@@ -174,30 +186,31 @@ def _fenced(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _replace(folder: Path, text: str, figures: dict[str, str]) -> list[Path]:
+def _replace(folder: Path, page_name: str, text: str, figures: dict[str, str]) -> list[Path]:
     """Everything under a hidden folder beside its place first, then moved over, the page last."""
     staging = folder / f".results-{os.getpid()}-{secrets.token_hex(4)}"
     target = folder / FIGURES
     try:
         try:
             staging.mkdir(parents=True)
-            for name, content in {**figures, PAGE: text}.items():
+            for name, content in {**figures, page_name: text}.items():
                 with open(staging / name, "w", encoding="utf-8", errors="replace") as handle:
                     handle.write(content)
                     handle.flush()
                     os.fsync(handle.fileno())
-            target.mkdir(exist_ok=True)
+            if figures:
+                target.mkdir(exist_ok=True)
             for name in sorted(figures):
                 os.replace(staging / name, target / name)
-            os.replace(staging / PAGE, folder / PAGE)
-            for stale in target.glob("*.svg"):
+            os.replace(staging / page_name, folder / page_name)
+            for stale in target.glob("*.svg") if page_name == PAGE else ():
                 if stale.name not in figures and _OWN.fullmatch(stale.name):
                     stale.unlink()
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise EnvironmentProblem(
-            f"the results page cannot be written to {folder}: {error.strerror}",
+            f"the page {page_name} cannot be written to {folder}: {error.strerror}",
             hint="give another folder with --markdown, or free some space",
         ) from error
-    return [folder / PAGE, *(target / name for name in sorted(figures))]
+    return [folder / page_name, *(target / name for name in sorted(figures))]
