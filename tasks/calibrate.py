@@ -150,12 +150,13 @@ def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], ru
     }
     write_json(work.folder / THRESHOLDS, result)
     work.meta.update({k: v for k, v in result.items() if k != "per_layer"})
-    if rule == "cett" and curve.best.mixed.sparsity < grid.best.mixed.sparsity:
-        work.meta["remark"] = _why_not(curve, grid)
+    per_layer = curves.get("cett")
+    if per_layer is not None and per_layer.best.mixed.sparsity < grid.best.mixed.sparsity:
+        work.meta["remark"] = _why_not(per_layer, grid, rule)
         work.progress.note(work.meta["remark"])
 
 
-def _why_not(curve: Curve, grid: Curve) -> str:
+def _why_not(curve: Curve, grid: Curve, rule: str) -> str:
     """What to say when one threshold for all layers does better than one for each."""
     per_layer = curve.best.per_layer or ()
     median, largest = statistics.median(per_layer), sorted(range(len(per_layer)), key=lambda i: -per_layer[i])[:2]
@@ -164,8 +165,8 @@ def _why_not(curve: Curve, grid: Curve) -> str:
         f"one threshold per layer reaches {100 * curve.best.mixed.sparsity:.2f} % sparsity within the budget of "
         f"+{curve.max_ppl_increase_pct:g} %, one for all layers ({grid.chosen:.3g}) "
         f"{100 * grid.best.mixed.sparsity:.2f} %: here an equal share of a layer's output does not cost the same "
-        f"everywhere; it gives {named} the largest thresholds, the median being {median:.3g}; "
-        "calibrate.rule=grid takes the one for all layers"
+        f"everywhere; it gives {named} the largest thresholds, the median being {median:.3g}"
+        + ("; calibrate.rule=grid takes the one for all layers" if rule == "cett" else "")
     )
 
 

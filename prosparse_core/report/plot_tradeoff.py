@@ -131,7 +131,8 @@ def _remarks(data: ReportData, variant: str) -> list[str]:
             )
             break
     metas = [s["meta"] for s in data.steps_of("calibrate") if isinstance(s["meta"], dict)]
-    return remarks + [f"{str(m['remark'])[:1].upper()}{str(m['remark'])[1:]}." for m in metas[:1] if m.get("remark")]
+    said = [str(m["remark"]) for m in metas if m.get("remark")]
+    return remarks + [f"{remark[:1].upper()}{remark[1:]}." for remark in said[:1]]
 
 
 def budget_of(data: ReportData) -> float | None:

@@ -168,4 +168,8 @@ def test_best_is_whichever_rule_reaches_more_sparsity(base: Any, monkeypatch: py
     assert found["rule"] == better
     assert found["per_layer"] == by_rule[better]["per_layer"]
     monkeypatch.setattr("prosparse_core.cett.thresholds_at", lambda curves, cett: [cett / 1e4, 0.0, 0.0])
-    assert content(made(base, "best", budget=0.06, force=True)[2])["rule"] == "grid"
+    _, seen, artifact = made(base, "best", budget=0.06, force=True)
+    assert content(artifact)["rule"] == "grid"
+    remark = artifact.meta()["remark"]
+    assert remark in seen.notes, "why one threshold per layer was not taken"
+    assert "calibrate.rule" not in remark
