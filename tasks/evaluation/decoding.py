@@ -5,6 +5,7 @@ Rows are greedy and deterministic; the model's own generation settings (sampling
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from prosparse_core.forward import last_logits_only
 from prosparse_core.precision import Precision, autocast
+from tasks.evaluation.shared_prefix import attending, can_share
 
 WORTH_SHARING = 32
 """A common beginning of fewer tokens is read again with every prompt."""
@@ -116,14 +118,19 @@ def decode_greedily(
     longest = max(map(len, rests))
     ids_BT = torch.tensor([[0] * (longest - len(r)) + r for r in rests], device=device)
     real_BT = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rests], device=device)
-    mask_BT = torch.cat([torch.ones(len(rests), start, dtype=real_BT.dtype, device=device), real_BT], dim=1)
     positions_BT = start + (real_BT.cumsum(1) - 1).clamp(min=0)
-    cache = copy.deepcopy(prefix.cache) if prefix else None
-    if cache is not None:
-        cache.batch_repeat_interleave(len(rests))
+    cache, beginning = None, None
+    if prefix is not None and can_share(model, prefix.cache):
+        mask_BT, beginning = real_BT, prefix.cache
+    else:
+        mask_BT = torch.cat([torch.ones(len(rests), start, dtype=real_BT.dtype, device=device), real_BT], dim=1)
+        if prefix is not None:
+            cache = copy.deepcopy(prefix.cache)
+            cache.batch_repeat_interleave(len(rests))
     found: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    with torch.inference_mode(), autocast(precision, device.type):
+    sharing = attending(model, beginning) if beginning is not None else contextlib.nullcontext()
+    with torch.inference_mode(), autocast(precision, device.type), sharing:
         for _ in range(max_new):
             out = model(
                 input_ids=ids_BT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -224,6 +225,11 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             texts = [""] * len(prompts)
             for at in range(0, len(order), batch_size):
                 rows = order[at : at + batch_size]
+                passes = itertools.count(1)
+
+                def tell(left: int, at: int = at, size: int = len(rows), passes: Iterator[int] = passes) -> None:
+                    self.on_progress((at + size * next(passes) / max_new) / len(order))
+
                 found = decode_greedily(
                     model,
                     [prompts[i] for i in rows],
@@ -231,6 +237,7 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
                     max_new=max_new,
                     is_finished=is_finished,
                     prefix=prefix,
+                    on_token=tell,
                 )
                 for i, ids in zip(rows, found, strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)

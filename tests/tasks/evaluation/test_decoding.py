@@ -109,6 +109,20 @@ def test_texts_end_before_their_stop(tiny: tuple[Any, Any]) -> None:
         assert text == full[: min(full.find(stop) for stop in stops if stop in full)]
 
 
+def test_progress_is_told_within_a_batch(tiny: tuple[Any, Any]) -> None:
+    """Token by token: a batch can take minutes."""
+    model, tokenizer = tiny
+    with quiet():
+        scorer = make_scorer(model, tokenizer, precision="fp32", batch_size=2, max_length=CONTEXT)
+    shares: list[float] = []
+    scorer.on_progress = shares.append
+    settings = {"until": [], "max_gen_toks": 4, "do_sample": False}
+    scorer.generate_until([Request(p, settings) for p in ("a", "b", "c")])
+    assert shares == sorted(shares)
+    assert {2 / 3 * k / 4 for k in (1, 2, 3)} < set(shares)
+    assert shares[-1] == 1
+
+
 def test_a_prompt_has_one_bos_and_loses_its_beginning_when_too_long(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
