@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.evaluation.benchmarks import BENCHMARKS, averages
+from tasks.evaluation.benchmarks import BENCHMARKS, Average, averages
 
 SOME_TASKS = re.compile(r"mean of (\d+ of \d+ tasks)")
 Scores = Sequence[Mapping[str, Any]]
@@ -33,9 +33,13 @@ def benchmark_table(measured: Mapping[str, Scores]) -> tuple[list[str], list[lis
         cells = [_cell(first[label]) for label in measured]
         rows.append([_name(task), said["num_fewshot"], said["metric"], *cells, *([also] if alone else [])])
     means = [averages(scores) for scores in measured.values()]
+    cut = [{suite_of(s["task"]) for s in scores if s["partial"]} for scores in measured.values()]
     for each in zip(*means, strict=True):
         if any(a.num_measured for a in each) and (each[0].num_benchmarks > 1):
-            cells = ["n/a" if a.value is None else f"{100 * a.value:.2f} %{_of(a)}" for a in each]
+            cells = [
+                _mean(a, a.name in names or (a.name == "average" and bool(names)))
+                for a, names in zip(each, cut, strict=True)
+            ]
             rows.append([f"mean: {each[0].name}", None, None, *cells, *([""] if alone else [])])
     return columns, [["" if cell is None else cell for cell in row] for row in rows]
 
@@ -51,6 +55,11 @@ def _tasks(measured: Mapping[str, Scores]) -> list[str]:
 
 def _first(scores: Scores) -> Mapping[str, Any] | None:
     return next((s for s in scores if s["headline"]), scores[0] if scores else None)
+
+
+def suite_of(task: str) -> str:
+    """The column of the paper that a task or group of the harness counts in; its own name when it is none of them."""
+    return next((b.suite for b in BENCHMARKS if b.harness == task), task)
 
 
 def _name(task: str) -> str:
@@ -73,6 +82,12 @@ def _value(score: Mapping[str, Any]) -> str:
     return f"{100 * score['value']:.2f} %" if score["higher_is_better"] else f"{score['value']:.4g}"
 
 
-def _of(average: Any) -> str:
-    whole = average.num_measured == average.num_benchmarks
-    return "" if whole else f" ({average.num_measured} of {average.num_benchmarks})"
+def _mean(average: Average, is_partial: bool) -> str:
+    marks = (
+        []
+        if average.num_measured == average.num_benchmarks
+        else [f"{average.num_measured} of {average.num_benchmarks}"]
+    )
+    marks += ["partial"] if is_partial else []
+    value = "n/a" if average.value is None else f"{100 * average.value:.2f} %"
+    return value + (f" ({', '.join(marks)})" if marks and average.value is not None else "")

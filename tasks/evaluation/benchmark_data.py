@@ -25,7 +25,8 @@ FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
 class MissingData(Exception):
-    """The data of a task is not to be had; says of which dataset, and where it was looked for."""
+    """The data of a task are not to be had or do not fit it; says of which dataset, and where it was looked for or what
+    does not fit."""
 
 
 class Datasets(Protocol):

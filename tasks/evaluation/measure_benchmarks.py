@@ -1,23 +1,23 @@
-"""Benchmarks through the harness: data from where the recipe says, both scores where the paper's rule differs."""
+"""Benchmarks through the harness: data from where the recipe says, checked row by row; what does not fit is n/a."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prosparse_core.errors import BadInput, ProSparseError
+from prosparse_core.errors import BadInput
 from prosparse_core.precision import Precision
 from prosparse_core.progress import Progress, Silent
 from tasks.evaluation.benchmark_code import CodeRuns, code_settings
 from tasks.evaluation.benchmark_data import Datasets, MissingData
 from tasks.evaluation.benchmark_harness import Leaf
-from tasks.evaluation.benchmarks import GENERATED_TOKENS, PPL, Benchmark, Planned, splits_of
+from tasks.evaluation.benchmark_rows import check_rows, fitting, guard
+from tasks.evaluation.benchmarks import GENERATED_TOKENS, Benchmark, Planned, in_one_row, splits_of
 from tasks.evaluation.evaluation import Evaluation, add_raw, harness_version
 from tasks.evaluation.held_out import Score
 from tasks.evaluation.parts import Part, Parts
-from tasks.evaluation.scores import harness_scores, mean_and_error
+from tasks.evaluation.scores import group_scores, harness_scores, with_paper_rule
 from tasks.evaluation.scoring import evaluating, load_task, make_scorer, quiet, run_task
 
 MAX_LENGTH = 4096
@@ -67,6 +67,8 @@ def measure_benchmarks(
                 except MissingData as missing:
                     absent[leaf.task] = str(missing)
                 done += 1
+            if absent and not found:
+                absent = in_one_row(plan.benchmark, absent)
             measured = [score for part in found for score in part.scores]
             scores += measured
             scores += [_not_measured(plan.benchmark, task, reason) for task, reason in absent.items()]
@@ -93,6 +95,8 @@ def _measure(scorer: Any, benchmark: Benchmark, leaf: Leaf, datasets: Datasets, 
     runs = CodeRuns()
     raw: dict[str, dict[str, Any]] = {}
     task = _load(benchmark, leaf, datasets, runs)
+    check_rows(task, benchmark, leaf, limit)
+    guard(task, leaf, limit)
     scorer.num_truncated = 0
     results = run_task(scorer, task, limit, raw)
     (count,) = (results["n-samples"][leaf.task],)
@@ -103,6 +107,8 @@ def _measure(scorer: Any, benchmark: Benchmark, leaf: Leaf, datasets: Datasets, 
         about += f"; {scorer.num_truncated} prompts were too long and lost their beginning"
     if benchmark.runs_code:
         about += f"; {runs.note}"
+    if benchmark.remark:
+        about += f"; {benchmark.remark}"
     how: dict[str, Any] = {
         "partial": count["effective"] < count["original"],
         "note": about,
@@ -116,17 +122,11 @@ def _measure(scorer: Any, benchmark: Benchmark, leaf: Leaf, datasets: Datasets, 
 
 def _load(benchmark: Benchmark, leaf: Leaf, datasets: Datasets, runs: CodeRuns) -> Any:
     """The task with its data; raises MissingData where the two do not fit."""
-    try:
+    with fitting(leaf):
         task = load_task(task_settings(benchmark, leaf, datasets, runs))
         shots = int(task.config.num_fewshot or 0)
         if shots and len(task.sampler.df) < shots:
             raise MissingData(f"dataset {leaf.dataset} has {len(task.sampler.df)} examples, {shots} are to be shown")
-    except (ProSparseError, MissingData, OSError):  # a full disk or a broken connection is no property of the data
-        raise
-    except Exception as error:
-        # Whatever its templates and functions make of data that are not as they expect.
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise MissingData(f"dataset {leaf.dataset} does not fit lm-eval's {leaf.task}: {said}") from error
     return task
 
 
@@ -160,85 +160,6 @@ def task_settings(benchmark: Benchmark, leaf: Leaf, datasets: Datasets, runs: Co
         return datasets.load(leaf.dataset, leaf.config, splits)
 
     return {**settings, "task": leaf.task, "num_fewshot": shots, "custom_dataset": load, "dataset_kwargs": None}
-
-
-def with_paper_rule(
-    task: Any,
-    samples: Sequence[Mapping[str, Any]],
-    scores: Sequence[Score],
-    num_tokens: Mapping[tuple[str, ...], int],
-    headline: str,
-) -> list[Score]:
-    """Beside the harness's accuracies, that of the candidate with the lowest per-token perplexity (paper, App. K).
-
-    exp(-ll / tokens) is lowest where ll / tokens is highest: the task itself judges, told these in place of its sums.
-    """
-    harness = next((s for s in scores if s.metric == "acc"), None)
-    if harness is None:
-        return list(scores)
-    right = []
-    for sample in samples:
-        answers = zip(sample["arguments"], sample["filtered_resps"], strict=True)
-        means = [(float(ll) / max(1, num_tokens[tuple(pair)]), greedy) for pair, (ll, greedy) in answers]
-        right.append(float(task.process_results(sample["doc"], means)["acc"]))
-    value, stderr = mean_and_error(right)
-    is_first = headline == PPL
-    ours = replace(harness, metric=PPL, value=value, stderr=stderr, headline=is_first)
-    return [ours, *(replace(s, headline=s.headline and not is_first) for s in scores)]
-
-
-def group_scores(benchmark: Benchmark, measured: Sequence[Score], absent: Mapping[str, str]) -> list[Score]:
-    """A group's scores from its tasks': the mean of their headline scores, each counting alike, as the paper's average
-    of averages; and for every metric that all of them have, the harness's mean by number of questions.
-    """
-    if not measured:
-        return []
-    first = [s for s in measured if s.headline and s.value is not None]
-    tasks = list(dict.fromkeys(s.task for s in measured))
-    note = f"mean of {len(tasks)} tasks"
-    if absent:
-        note = f"mean of {len(tasks)} of {len(tasks) + len(absent)} tasks: without {', '.join(absent)}"
-    found = []
-    if first and benchmark.headline:
-        values = [s.value for s in first if s.value is not None]
-        errors = [s.stderr for s in first]
-        found.append(
-            replace(
-                first[0],
-                metric=benchmark.headline,
-                task=benchmark.harness,
-                value=sum(values) / len(values),
-                stderr=_pooled(errors, [1 / len(first)] * len(first)),
-                n=sum(s.n for s in first),
-                partial=any(s.partial for s in first),
-                note=note,
-            )
-        )
-    for metric in dict.fromkeys(s.metric for s in measured):
-        alike = [s for s in measured if s.metric == metric and s.value is not None]
-        count = sum(s.n for s in alike)
-        if len(alike) < len(tasks) or not count:
-            continue
-        weights = [s.n / count for s in alike]
-        found.append(
-            replace(
-                alike[0],
-                metric=f"{metric},by_question",
-                task=benchmark.harness,
-                value=sum(w * s.value for w, s in zip(weights, alike, strict=True) if s.value is not None),
-                stderr=_pooled([s.stderr for s in alike], weights),
-                n=count,
-                headline=False,
-                partial=any(s.partial for s in alike),
-                note=f"{note}, weighted by their questions",
-            )
-        )
-    return found
-
-
-def _pooled(errors: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    known = [(w * e) ** 2 for e, w in zip(errors, weights, strict=True) if e is not None]
-    return sum(known) ** 0.5 if len(known) == len(errors) else None
 
 
 def _not_measured(benchmark: Benchmark, task: str, reason: str) -> Score:

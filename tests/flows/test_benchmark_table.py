@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.benchmark_table import benchmark_table
+from tasks.evaluation.benchmarks import BENCHMARKS
 
 
 def row(task: str, value: float | None, metric: str = "acc_ppl", **more: Any) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def test_one_variant_with_its_other_scores() -> None:
         ["lambada", 0, "acc", "50.00 %", "perplexity 12.35"],
         ["bbh", 3, "exact_match", "30.00 % (2 of 27 tasks)", ""],
         ["arc_easy", 0, "acc", "25.00 %", ""],
-        ["mean: commonsense", "", "", "60.00 % (1 of 5)", ""],
+        ["mean: commonsense", "", "", "60.00 % (1 of 5, partial)", ""],
         ["mean: reading", "", "", "50.00 % (1 of 3)", ""],
         ["mean: average", "", "", "n/a", ""],
     ]
@@ -48,3 +49,18 @@ def test_variants_side_by_side() -> None:
         ["copa", 0, "acc_ppl", "n/a: not asked for", "80.00 %"],
     ]
     assert rows[2] == ["mean: commonsense", "", "", "60.00 % (1 of 5)", "65.00 % (2 of 5)"]
+
+
+def test_the_average_is_that_of_everything() -> None:
+    """All fourteen: a cut one makes it partial, a task of a group that is n/a makes it n/a."""
+    rows = [row(b.harness, 0.5) for b in BENCHMARKS]
+    rows[0]["partial"] = True
+    _, found = benchmark_table({"original": rows})
+    assert found[-4:] == [
+        ["mean: code", "", "", "50.00 % (partial)", ""],
+        ["mean: commonsense", "", "", "50.00 %", ""],
+        ["mean: reading", "", "", "50.00 %", ""],
+        ["mean: average", "", "", "50.00 % (partial)", ""],
+    ]
+    _, found = benchmark_table({"original": [*rows, row("mmlu_anatomy", None, note="not there")]})
+    assert found[-1] == ["mean: average", "", "", "n/a", ""]

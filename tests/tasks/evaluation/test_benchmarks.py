@@ -162,6 +162,18 @@ def test_the_identity_follows_data_and_settings(hub: Path, tmp_path: Path) -> No
     assert plan_benchmarks(moved)[0][0].identity["absent"] == ["piqa"]
 
 
+def test_only_what_was_measured_of_mmlu_by_another_rule_is_measured_again(hub: Path, tmp_path: Path) -> None:
+    """The fingerprints of evaluations without it stay as they were when its letter began to be the generated one."""
+    planned, _ = plan_benchmarks(Evaluate(benchmarks=["paper"], datasets=str(hub), run_code=True))
+    before = {"benchmark", "num_fewshot", "max_new_tokens", "tasks", "absent"}
+    assert {p.benchmark.name: p.identity.keys() - before for p in planned} == {
+        **{b.name: set() for b in BENCHMARKS},
+        "mmlu": {"headline"},
+    }
+    (nothing,), _ = plan_benchmarks(Evaluate(benchmarks=["mmlu"], datasets=str(tmp_path)))
+    assert nothing.identity.keys() == before
+
+
 def test_programs_are_put_together_and_judged() -> None:
     assert CodeRuns().passes(humaneval_program(CODE, CODE["canonical_solution"]))
     (row,) = [r for r in DATA["google-research-datasets/mbpp"]["full"]["test"] if r["task_id"] == 11]

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from prosparse_core.errors import BadInput
+from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.recipe import Evaluate
 from prosparse_core.variants import Variant
 from tasks.evaluate import evaluate
+from tasks.evaluation import benchmark_data, measure_benchmarks, scoring
 from tasks.evaluation.benchmarks import BENCHMARKS, averages, plan_benchmarks
 from tasks.evaluation.evaluation import Evaluation
 from tasks.evaluation.held_out import Score
-from tasks.evaluation.measure_benchmarks import group_scores, measure_benchmarks, with_paper_rule
+from tasks.evaluation.scores import group_scores, with_paper_rule
 from tests.tasks.held_out_files import CONFIG, make_model
 from tests.tasks.mini_hub import DATA, PIQA, write_mini_hub, write_parquet
 
@@ -36,7 +37,8 @@ def measured(
     tiny: tuple[Any, Any], hub: Path, *names: str, limit: int | None = None, batch_size: int = 2
 ) -> Evaluation:
     planned, datasets = plan_benchmarks(Evaluate(benchmarks=list(names), datasets=str(hub), run_code=True))
-    return measure_benchmarks(*tiny, planned, datasets, precision="fp32", batch_size=batch_size, limit=limit)
+    how: dict[str, Any] = {"precision": "fp32", "batch_size": batch_size, "limit": limit}
+    return measure_benchmarks.measure_benchmarks(*tiny, planned, datasets, **how)
 
 
 def by_task(found: Evaluation) -> dict[tuple[str | None, str], Score]:
@@ -68,6 +70,48 @@ def test_the_paper_s_rule_by_hand() -> None:
     assert only_first.value == 1.0, "the summed log-likelihood would have taken the third"
     kept = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc")
     assert [(s.metric, s.headline) for s in kept] == [("acc_ppl", False), ("acc", True), ("acc_norm", False)]
+
+
+def test_mmlu_s_letter_is_right_only_if_greedy_decoding_gives_it(
+    tiny: tuple[Any, Any], hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C, D and A are right: C is given, D only the likeliest letter where something else is given, B given for A."""
+    answers = [
+        *[(-3.0, False), (-2.0, False), (-0.1, True), (-4.0, False)],
+        *[(-9.0, False), (-9.0, False), (-9.0, False), (-8.0, False)],
+        *[(-2.0, False), (-0.1, True), (-3.0, False), (-4.0, False)],
+    ]
+    run_task = measure_benchmarks.run_task
+
+    def run_with_answers(scorer: Any, *rest: Any) -> Any:
+        def loglikelihood(requests: Any) -> Any:
+            scorer.num_scored.update(dict.fromkeys((tuple(r.args) for r in requests), 1))
+            return answers
+
+        scorer.loglikelihood = loglikelihood
+        return run_task(scorer, *rest)
+
+    monkeypatch.setattr(measure_benchmarks, "run_task", run_with_answers)
+    found = by_task(measured(tiny, hub, "mmlu"))
+    names = ("mmlu_anatomy", "acc_greedy"), ("mmlu_anatomy", "acc"), ("mmlu", "acc_greedy"), ("mmlu", "acc,by_question")
+    assert [found[name].value for name in names] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
+    assert [found[name].headline for name in names] == [True, False, True, False]
+    assert found["mmlu_anatomy", "acc_greedy"].stderr == pytest.approx(1 / 3)
+    assert found["mmlu_anatomy", "acc_ppl"].headline is False
+    (column,) = [a for a in averages([vars(s) for s in found.values()]) if a.name == "mmlu"]
+    assert column.value == pytest.approx(1 / 3)
+
+
+def test_where_nothing_of_the_choices_is_given_none_is_right() -> None:
+    """Told 0 for every candidate the task would take the first, which is the right one."""
+    sample = {"doc": {"gold": 0}, "arguments": [("q", " A"), ("q", " B")], "filtered_resps": [(-2.0, False)] * 2}
+    acc = Score("acc", 1.0, None, 1, True, task="t", headline=True)
+    found = with_paper_rule(Judge(), [sample], [acc], {("q", " A"): 1, ("q", " B"): 1}, "acc_greedy")
+    assert {s.metric: (s.value, s.headline) for s in found} == {
+        "acc_greedy": (0.0, True),
+        "acc_ppl": (1.0, False),
+        "acc": (1.0, False),
+    }
 
 
 def test_piqa_equals_plain_torch(tiny: tuple[Any, Any], hub: Path) -> None:
@@ -119,6 +163,7 @@ def test_every_benchmark_of_the_paper_has_its_rows(tiny: tuple[Any, Any], hub: P
     assert "at most 48 tokens" not in scores["humaneval", "pass@1"].note
     assert "one greedy sample; 1 " in scores["humaneval", "pass@1"].note
     assert scores["lambada_openai", "perplexity"].higher_is_better is False
+    assert scores["tydiqa_goldp_en", "exact_match"].note.endswith("among candidates this data does not have")
     assert set(found.seconds) == {b.name for b in BENCHMARKS}
     assert found.conditions["benchmark_max_length"] == CONFIG["max_position_embeddings"]
     assert json.dumps([s.value for s in found.scores], allow_nan=False)
@@ -165,6 +210,158 @@ def test_data_that_do_not_fit_are_n_a_with_the_reason(tiny: tuple[Any, Any], tmp
     assert {s.value for s in found.scores} == {None}
     assert found.scores[0].note.startswith("dataset allenai/ai2_arc does not fit lm-eval's arc_easy: ")
     assert found.scores[1].note == "dataset openai/gsm8k has 3 examples, 8 are to be shown"
+
+
+TYDI = DATA["google-research-datasets/tydiqa"]["secondary_task"]["validation"][0]
+SAT = DATA["hails/agieval-sat-en"]["default"]["test"][0]
+
+
+def only(dataset: str, config: str, split: str, *rows: dict[str, Any]) -> Any:
+    return {dataset: {config: {split: list(rows)}}}
+
+
+def piqa(*labels: Any) -> Any:
+    rows = [{**row, "label": label} for row, label in zip(PIQA, labels, strict=False)]
+    return only("baber/piqa", "default", "validation", *rows)
+
+
+def sat(**columns: Any) -> Any:
+    return only("hails/agieval-sat-en", "default", "test", SAT, {**SAT, **columns})
+
+
+def changed(dataset: str, config: str, split: str, number: int, **columns: Any) -> Any:
+    """The made-up data with a row of a split changed."""
+    splits = DATA[dataset][config]
+    rows = [{**row, **columns} if i == number else row for i, row in enumerate(splits[split])]
+    return {dataset: {config: {**splits, split: rows}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("piqa", piqa("A", "B"), "row 0: its answer 'A' is not among its 2 choices"),
+        ("piqa", piqa("0", "1"), "row 0: its answer '0' is not among its 2 choices"),
+        ("piqa", piqa(1, -1), "row 1: its answer -1 is not among its 2 choices"),
+        ("piqa", piqa(1, 0, 2), "row 2: its answer 2 is not among its 2 choices"),
+        ("piqa", piqa(0, None), "row 1: its label is null"),
+        ("piqa", piqa(0.0, 1.0), "row 0: TypeError: 'float' object cannot be interpreted as an integer"),
+        (
+            "agieval_sat_en",
+            only("hails/agieval-sat-en", "default", "test", {**SAT, "gold": 0}),
+            "row 0: TypeError: argument of type 'int' is not iterable",
+        ),
+        ("agieval_sat_en", sat(gold=[2]), "row 1: its answer [2] is not among its 2 choices"),
+        ("agieval_sat_en", sat(choices=["(A)x", None]), "row 1: its choices holds null"),
+        (
+            "agieval_math",
+            only("hails/agieval-math", "default", "test", {"query": "Q", "answer": ""}),
+            "row 0: its answer is empty",
+        ),
+        (
+            "lambada",
+            only("EleutherAI/lambada_openai", "default", "test", {"text": "on the hat"}, {"text": None}),
+            "row 1: its text is null",
+        ),
+        (
+            "copa",
+            changed("aps/super_glue", "copa", "validation", 0, label=-1),
+            "row 0: its label is -1, not one of 0, 1",
+        ),
+        ("gsm8k", changed("openai/gsm8k", "main", "train", 3, answer=None), "example 3: its answer is null"),
+        ("gsm8k", changed("openai/gsm8k", "main", "test", 1, answer=" "), "row 1: its answer is empty"),
+        (
+            "tydiqa",
+            only(
+                "google-research-datasets/tydiqa",
+                "secondary_task",
+                "validation",
+                TYDI,
+                {**TYDI, "answers": {"text": [], "answer_start": []}},
+            ),
+            "row 1: its answers is empty",
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_is_n_a_before_the_model_reads_anything(
+    tiny: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: Any, said: str
+) -> None:
+    """The harness gives 0 for most of these, without a word, and fails on others when all is answered."""
+    monkeypatch.setattr(measure_benchmarks, "run_task", lambda *a: pytest.fail("the model was asked"))
+    (score,) = measured(tiny, write_mini_hub(tmp_path, data), name).scores
+    (dataset,) = data
+    task = {b.name: b.harness for b in BENCHMARKS}.get(name, name)
+    assert (score.task, score.value, score.headline) == (task, None, True)
+    assert score.note == f"dataset {dataset} does not fit lm-eval's {task}: {said}"
+
+
+def test_a_row_beyond_the_limit_need_not_fit(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    hub = write_mini_hub(tmp_path, piqa(1, -1))
+    assert by_task(measured(tiny, hub, "piqa", limit=1))["piqa", "acc_ppl"].value in (0.0, 1.0)
+    assert by_task(measured(tiny, hub, "piqa"))["piqa", "acc_ppl"].value is None
+
+
+@pytest.mark.parametrize("name", ["fewshot_context", "construct_requests", "process_results"])
+@pytest.mark.parametrize("error", [ValueError("odd\nrow"), RuntimeError("odd"), OSError("odd"), MemoryError("odd")])
+def test_what_the_harness_makes_of_a_row_is_no_crash(
+    tiny: tuple[Any, Any], hub: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    load = measure_benchmarks.load_task
+
+    def with_a_fault(settings: dict[str, Any]) -> Any:
+        task = load(settings)
+        function = getattr(task, name)
+
+        def fail(*args: Any, **how: Any) -> Any:
+            if PIQA[2]["goal"] in str((args, how)):
+                raise error
+            return function(*args, **how)
+
+        setattr(task, name, fail)
+        return task
+
+    monkeypatch.setattr(measure_benchmarks, "load_task", with_a_fault)
+    if isinstance(error, OSError | MemoryError):
+        with pytest.raises(type(error), match="odd"):
+            measured(tiny, hub, "piqa")
+    else:
+        (score,) = measured(tiny, hub, "piqa").scores
+        assert score.note == f"dataset baber/piqa does not fit lm-eval's piqa: row 2: {type(error).__name__}: odd"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), MemoryError("no more"), ProSparseError("nan")])
+def test_what_the_model_raises_is_no_fault_of_the_data(
+    tiny: tuple[Any, Any], hub: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(scoring, "score_answers", fail)
+    with pytest.raises(type(error), match=str(error)):
+        measured(tiny, hub, "piqa")
+
+
+def test_a_benchmark_of_which_nothing_can_be_had_is_one_row(
+    tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without network every task is planned, and fails where its data are loaded: 57 of MMLU, 27 of BBH."""
+
+    def refuse(*_: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(benchmark_data, "_revision", lambda dataset: benchmark_data.OFFLINE)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    planned, datasets = plan_benchmarks(Evaluate(benchmarks=["mmlu", "bbh", "agieval", "piqa"]))
+    assert [len(p.leaves) for p in planned] == [57, 27, 10, 1]
+    found = measure_benchmarks.measure_benchmarks(*tiny, planned, datasets, precision="fp32", batch_size=2)
+    assert [(s.task, s.metric, s.value, s.headline, s.note) for s in found.scores] == [
+        (task, metric, None, True, f"dataset {dataset} not found in the hub: no route")
+        for task, metric, dataset in (
+            ("mmlu", "acc_greedy", "cais/mmlu"),
+            ("bbh_fewshot", "exact_match,strip", "SaylorTwift/bbh"),
+            ("agieval_en", "acc_ppl", "hails/agieval-aqua-rat"),
+            ("piqa", "acc_ppl", "baber/piqa"),
+        )
+    ]
 
 
 def test_groups_are_means_of_their_tasks() -> None:
@@ -223,7 +420,7 @@ def test_the_ledger_s_leaderboard_has_the_paper_s_averages(base: Any, hub: Path)
     run, _ = base.run(evaluate=section)
     artifact = evaluate(run, Variant("original", base.dense, "original"), None)
     ours = {a.name: a.value for a in averages(artifact.meta()["benchmarks"])}
-    assert None not in ours.values()
+    assert [name for name, value in ours.items() if value is None] == ["average"], "2 of 27 tasks are not BBH"
     columns = ", ".join(ours)
     (board,) = run.ledger.query(f"SELECT {columns} FROM leaderboard WHERE run_id = '{run.run_id}'").records()
     assert board == pytest.approx(ours)
