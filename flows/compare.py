@@ -8,14 +8,16 @@ from prefect import flow
 
 from flows.run import open_run
 from prosparse_core import settings
-from prosparse_core.recipe import Model
+from prosparse_core.recipe import Imported
 from prosparse_core.settings import Row
 from prosparse_core.store import Artifact
-from prosparse_core.variants import Variant
-from tasks.base_model import base_model, check_chain
+from prosparse_core.variants import MODEL, Variant, check_folder
+from tasks.base_model import OWN_ACTIVATIONS, base_model, check_chain
 from tasks.calibrate import calibrate
 from tasks.evaluate import evaluate
+from tasks.evaluation.checkpoint import checkpoint, of_source
 from tasks.mixture import mixture
+from tasks.preflight import require_relu
 from tasks.report import report
 from tasks.retention import drop_optimizers
 from tasks.stage import train_stage
@@ -25,6 +27,8 @@ from tasks.step import Run
 def every_setting(run: Run) -> None:
     """Train, calibrate and evaluate every row of ``recipe.compare``; what rows have in common is in the store."""
     dense = base_model(run)
+    # Before the first row: a mistyped hub id must not be told after hours of training.
+    imports = [(imported, import_checkpoint(run, imported)) for imported in run.recipe.compare.imported]
     corpora = mixture(run, dense)
     rows = settings.rows(run.recipe)
     check_chain(run, dense, [row.train.activation for row in rows if row.train])
@@ -34,16 +38,36 @@ def every_setting(run: Run) -> None:
         if row.thresholds:
             variant = with_thresholds(run, variant, corpora, row.setting, row.note)
         evaluate(run, variant, corpora, row.note)
-    for imported in run.recipe.compare.imported:
-        model = Model(id=imported.setting, source=imported.source, revision=imported.revision)
-        checkpoint = base_model(run, model)
-        own_corpora = mixture(run, checkpoint)
-        variant = Variant(imported.setting, checkpoint, imported.activation)
-        evaluate(run, variant, own_corpora)
-        if imported.activation == "relu":
-            own = f"{imported.setting}_fatrelu"
-            evaluate(run, with_thresholds(run, variant, own_corpora, own, own), own_corpora)
+    for imported, variant in imports:
+        measure_import(run, imported, variant)
     report(run)
+
+
+def import_checkpoint(run: Run, imported: Imported) -> Variant:
+    """A checkpoint that others trained, brought into the store, as the variant of its row.
+
+    Raises:
+        BadInput: it cannot be had or read, or it is to run ReLU and was not trained with it.
+    """
+    found = checkpoint(run, of_source(imported.model))
+    if imported.activation == "original":
+        as_it_is = found.activation if found.activation in OWN_ACTIVATIONS.values() else "original"
+        return dataclasses.replace(found, setting=imported.setting, activation=as_it_is)
+    if found.checkpoint.folder is not None:
+        require_relu(imported, check_folder(found.checkpoint.path / MODEL))
+    return Variant(imported.setting, found.checkpoint, "relu")
+
+
+def measure_import(run: Run, imported: Imported, variant: Variant) -> None:
+    """Evaluate an imported row, a ReLU model also with thresholds; held-out files are encoded by its own tokenizer."""
+    corpora = mixture(run, variant.checkpoint)
+    # It goes by its own name in the ledger: beside the paper it stands for its own model, not for the recipe's.
+    model = imported.model.model_copy(update={"precision": run.recipe.model.precision})
+    named = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"model": model}))
+    evaluate(named, variant, corpora)
+    if variant.activation == "relu":
+        own = f"{imported.setting}_fatrelu"
+        evaluate(named, with_thresholds(named, variant, corpora, own, own), corpora)
 
 
 def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact, needed: set[str]) -> Variant:

@@ -6,6 +6,7 @@ Every error of a recipe is reported at once, each with its place, its value and 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -236,9 +237,22 @@ class Imported(Section):
 
     setting: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """The name of its row, such as relullama."""
+    id: str | None = None
+    """The name of the model in the ledger; default: the last part of its source. ``model.id`` files it under the
+    recipe's model, ``llama2-13b`` sets it beside the paper's numbers for that one."""
     source: str
+    """As ``model.source``."""
     revision: str | None = None
     activation: Literal["original", "relu"] = "relu"
+    """relu: it was trained with ReLU (its config must say so, or FATReLU), and thresholds are calibrated for it too.
+    original: whatever its config says, with thresholds or a shift where that has them."""
+
+    @property
+    def model(self) -> Model:
+        """Where it comes from, under its own name."""
+        place = re.sub("^(package|random):", "", self.source)
+        name = Path(place).expanduser().resolve().name.removesuffix(".gguf")
+        return Model(id=self.id or name or self.setting, source=self.source, revision=self.revision)
 
 
 class Compare(Section):

@@ -13,7 +13,7 @@ from typing import Any
 
 from prosparse_core import minicpm
 from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
-from prosparse_core.families import FAMILY_KEY, find_ffns, require_family
+from prosparse_core.families import FAMILY_KEY, family_of, find_ffns, require_family
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
@@ -21,6 +21,16 @@ from tasks.step import Run, Work
 
 VERSION = 1
 HASHED_WHOLE_BELOW = 2 << 30
+OWN_ACTIVATIONS = {
+    "fatrelu": "fatrelu",
+    "shiftrelu": "shifted_relu",
+    "prosparse_shifted_relu": "shifted_relu",
+    "prosparse_drelu": "drelu",
+}
+"""Activations that transformers lacks, as released models (FATReLU's with ``hidden_act_param``) and the stages of ours
+write them into config.json -> what a variant calls them."""
+_COMMON = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+"""Need not be looked up in transformers' own list, which takes seconds to import."""
 TRUST = "read that code, then say model.trust_remote_code: true (evaluate: --trust-remote-code)"
 
 
@@ -83,7 +93,9 @@ def identity(model: Model) -> dict[str, Any]:
 def _source(model: Model) -> dict[str, Any]:
     kind, _, rest = model.source.partition(":")
     if kind == "random":
-        require_family(_with_family({**model.config, "model_type": rest}, model), where="model.source")
+        config = {**model.config, "model_type": rest}
+        require_family(_with_family(config, model), where="model.source")
+        _check_activation(config, model, where="model.config")
         return {"source": model.source, "config": model.config}
     if model.config:
         raise BadInput("model.config is only for model.source: random:FAMILY", hint="remove it, or use random:llama")
@@ -94,8 +106,9 @@ def _source(model: Model) -> dict[str, Any]:
         check_gguf(path)
         return {"gguf": hash_files([path])}
     if path.is_dir():
-        check_folder(path, model.family)
+        config = check_folder(path, model.family)
         _check_code(path, model)
+        _check_activation(config, model, where=str(path / "config.json"))
         return {"folder": hash_files(sorted(p for p in path.iterdir() if p.is_file()))}
     if model.source.startswith((".", "/", "~")) or model.source.count("/") != 1:
         raise BadInput(
@@ -103,6 +116,40 @@ def _source(model: Model) -> dict[str, Any]:
             hint="give an existing folder, a .gguf file, package:NAME, random:FAMILY or a hub id",
         )
     return {"hub": model.source, "revision": model.revision}
+
+
+def activation_name(config: Mapping[str, Any]) -> str | None:
+    """How a config names its FFNs' activation; None: it does not (the architecture's default, or code of its own)."""
+    family, published = family_of(config), config.get("hidden_act")
+    found = None if family is None else config.get(family.config_key)
+    # What released models have it under is read where an architecture has another key: its own says nothing then.
+    if found is None and (family is None or str(published) in OWN_ACTIVATIONS):
+        found = published
+    return None if found is None else str(found)
+
+
+def _check_activation(config: Mapping[str, Any], model: Model, *, where: str) -> None:
+    """Refuse an activation that transformers lacks, whose own error would be a KeyError; trusted code may have others.
+
+    Raises:
+        BadInput: it is one of ours, with which a model is no dense one, or nobody's.
+    """
+    described = _with_family(config, model)
+    name, family = activation_name(described), family_of(described)
+    if name in OWN_ACTIVATIONS:
+        raise BadInput(
+            f"{where}: the activation is {name!r}: this is no dense model",
+            hint="measure it with prosparse evaluate, or as compare.imported with activation: original",
+        )
+    is_read = family is None or not family.act_is_built_in
+    if name in (None, *_COMMON) or not is_read or (model.trust_remote_code and "auto_map" in config):
+        return
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise BadInput(
+            f"{where}: unknown activation {name!r}", hint=f"known: {', '.join(sorted([*ACT2FN, *OWN_ACTIVATIONS]))}"
+        )
 
 
 def check_gguf(path: Path) -> None:
@@ -202,6 +249,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, revision=model.revision)
+        _check_activation(raw, model, where=f"config.json of {source}")
         if raw.get("model_type") == minicpm.MODEL_TYPE and not model.trust_remote_code:
             work.progress.note("this MiniCPM is read as the Granite it is: no code of its own is needed")
             config: Any = GraniteConfig(**minicpm.granite_config(raw))

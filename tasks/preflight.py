@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kernels.build import find_compiler
 from prosparse_core import settings
@@ -12,10 +14,11 @@ from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.planning.cost import shape_of
 from prosparse_core.planning.disk import disk
 from prosparse_core.precision import resolve_device
-from prosparse_core.recipe import Model, Recipe, Runtime
+from prosparse_core.recipe import Imported, Recipe, Runtime
 from prosparse_core.store import require_space
 from tasks import base_model
 from tasks.evaluation.benchmarks import plan_benchmarks
+from tasks.evaluation.checkpoint import config_of, of_source
 
 
 def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
@@ -26,7 +29,8 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
 
     Raises:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
-            is unknown or not allowed, a setting the recipe lacks something for, more training processes than GPUs.
+            is unknown or not allowed, a setting the recipe lacks something for, an imported folder that was not trained
+            with ReLU as its row says, more training processes than GPUs.
         EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
     from prosparse_core.data.sources import check_source
@@ -42,7 +46,7 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
         rows = settings.rows(recipe)
         trained = settings.training_of(rows, recipe.seed)
         for imported in recipe.compare.imported:
-            base_model.identity(Model(id=imported.setting, source=imported.source, revision=imported.revision))
+            _check_import(imported)
     else:
         settings.require_relu(recipe)
     _check_devices(recipe.runtime)
@@ -53,6 +57,34 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
         most = disk(recipe, shape, *stages).most[recipe.runtime.keep]
         # What an earlier attempt has left is not needed once more.
         require_space(home, max(0, most - _size(home / "store")), f"a run of {recipe.name}")
+
+
+def _check_import(imported: Imported) -> None:
+    """What can be told without a hub: the rest is told when its base_model step has run, before anything is trained."""
+    folder = Path(imported.source).expanduser()
+    if not folder.is_dir():
+        base_model.identity(imported.model)
+        return
+    of_source(imported.model)
+    config = config_of(folder)
+    if base_model.activation_name(config) is not None:  # else transformers knows the default when it has read it
+        require_relu(imported, config)
+
+
+def require_relu(imported: Imported, config: Mapping[str, Any]) -> None:
+    """Refuse to put ReLU into an imported checkpoint that was not trained with it.
+
+    Raises:
+        BadInput: its row says ``activation: relu``, its config neither relu nor fatrelu.
+    """
+    name = base_model.activation_name(config)
+    if imported.activation == "relu" and name not in ("relu", "fatrelu"):
+        raise BadInput(
+            f"compare.imported: {imported.setting} is to run relu, but the config of {imported.source} says {name}: "
+            "with a ReLU it was not trained with it would be measured as another model",
+            hint="set activation: original to measure it as it is; or make it the model.source of a recipe of its own, "
+            "whose rows train with ReLU",
+        )
 
 
 def _size(folder: Path) -> int:

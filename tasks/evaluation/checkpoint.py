@@ -1,11 +1,15 @@
-"""Any checkpoint as a variant: a folder, an exported model of ours, a hub id, a variant of the ledger, an artifact."""
+"""Any checkpoint as a variant: a folder, an exported model, a hub id, a variant of the ledger, an artifact.
+
+Where a config names an activation that transformers lacks, the weights are taken as they are, under the plain
+architecture (:mod:`tasks.evaluation.sparse_config`), and the activation goes into the variant.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,15 @@ from prosparse_core.export import CODE_FILES
 from prosparse_core.families import EXPORTED, require_family
 from prosparse_core.ledger import Ledger
 from prosparse_core.recipe import Model
-from prosparse_core.store import Artifact, read_record, require_space, write_json
+from prosparse_core.store import RECORD, Artifact, read_record, require_space, write_json
 from prosparse_core.variants import MODEL, THRESHOLDS, Variant
-from tasks.base_model import base_model, hash_files, identity, sizes_of
+from tasks.base_model import OWN_ACTIVATIONS, activation_name, base_model, hash_files, identity, sizes_of
+from tasks.evaluation.sparse_config import GRANITE, Plain, plain_model
 from tasks.step import Run, Work
 
 VERSION = 1
-FATRELU_TYPES = {"sparsellama": "llama"}
-"""model_type of FATReLU models others released (ProSparse-LLaMA-2) -> the architecture they are."""
+SAFETENSORS = "*.safetensors"
+PICKLED = "pytorch_model*.bin"
 VARIANT_ID = re.compile(r"^[a-z][a-z0-9_]*@[0-9a-f]{8}(\+[0-9a-f]{8})?$")
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 DIGEST = re.compile(r"^[0-9a-f]{8,64}$")
@@ -38,7 +43,9 @@ class Target:
     setting: str
     activation: str
     exported: str | None = None
-    """A folder or a hub id with FATReLU written into its config."""
+    """A folder or a hub id with an activation of ours written into its config."""
+    shift: float | None = None
+    """b of shifted_relu."""
     variant: Variant | None = None
     """Already in the store."""
 
@@ -52,19 +59,28 @@ def find_checkpoint(model: str, home: Path, *, trust_remote_code: bool = False) 
         trust_remote_code: run the code that comes with a folder or a hub id.
 
     Raises:
-        BadInput: it is none of these, its code is needed and not trusted, or its architecture is of no known family.
+        BadInput: it is none of these, its code is needed and not trusted, its architecture is of no known family, or
+            its activation is unknown.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _of_folder(model, folder, trust_remote_code)
+        return of_source(Model(id=folder.resolve().name, source=str(folder), trust_remote_code=trust_remote_code))
     if VARIANT_ID.match(model) or DIGEST.match(model) or SETTING.match(model):
         return _of_ledger(model, home)
     name = Path(model).stem if model.endswith(".gguf") else model
-    found = Model(id=name, source=model, trust_remote_code=trust_remote_code)
-    if HUB_ID.match(model) and is_fatrelu(_hub_config(model)):
-        return Target(found, "prosparse", "fatrelu", exported=model)
-    identity(found)
-    return Target(found, "original", "original")
+    return of_source(Model(id=name, source=model, trust_remote_code=trust_remote_code))
+
+
+def of_source(model: Model) -> Target:
+    """What a source holds, by its config; see :func:`find_checkpoint`."""
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        return _of_folder(model, folder)
+    plain = plain_model(_hub_config(model), where=model.source) if HUB_ID.match(model.source) else None
+    if plain is not None:
+        return Target(model, plain.setting, plain.activation, exported=model.source, shift=plain.shift)
+    identity(model)
+    return Target(model, "original", "original")
 
 
 def checkpoint(run: Run, target: Target) -> Variant:
@@ -74,112 +90,128 @@ def checkpoint(run: Run, target: Target) -> Variant:
     if target.exported is None:
         artifact = base_model(run, target.model)
         return Variant(target.setting, artifact, target.activation)
-    folder = Path(target.exported).expanduser()
-    if not folder.is_dir():
-        folder = _download(target.exported)
+    place = Path(target.exported).expanduser()
+    folder = place if place.is_dir() else _download(target.model, is_planned=run.planning)
+    files = [] if folder is None else sorted(p for p in folder.iterdir() if p.is_file())
+    shift = {} if target.shift is None else {"shift": target.shift}
     artifact = run.step(
         "base_model",
         f"base model · {target.model.id}",
-        lambda work: _import_fatrelu(work, folder),
+        lambda work: _import(work, files, target),
         version=VERSION,
-        config={"exported": hash_files(sorted(p for p in folder.iterdir() if p.is_file()))},
-        inputs={},
-        needs_bytes=sum(p.stat().st_size for p in folder.glob("*.safetensors")),
+        config={"exported": hash_files(files), **shift},
+        # What is only planned may not be here yet: nobody knows its fingerprint.
+        inputs={} if files else {"download": Artifact("base_model", target.exported, None, None, None)},
+        needs_bytes=sum(p.stat().st_size for p in files if p.match(SAFETENSORS)),
     )
-    return Variant(target.setting, artifact, "fatrelu", thresholds=artifact)
+    thresholds = artifact if target.activation == "fatrelu" else None
+    return Variant(target.setting, artifact, target.activation, thresholds, target.shift)
 
 
-def _of_folder(model: str, folder: Path, trust_remote_code: bool) -> Target:
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, of whatever architecture.
+
+    Raises:
+        BadInput: there is none to read.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is no model folder: config.json is not readable ({error})") from error
-    name = folder.resolve().name
-    found = Model(id=name, source=str(folder), trust_remote_code=trust_remote_code)
-    if is_fatrelu(config):
-        dense_config(config, where=str(folder))
-        if foreign := sorted(p.name for p in folder.glob("*.py") if p.name not in CODE_FILES):
+
+
+def _of_folder(model: Model, folder: Path) -> Target:
+    config = config_of(folder)
+    plain = plain_model(config, where=str(folder), shift=_trained_shift(folder))
+    if plain is not None:
+        foreign = sorted(p.name for p in folder.glob("*.py") if p.name not in CODE_FILES)
+        if foreign and _needs_code(config, plain):
             raise BadInput(
-                f"{folder} is an exported model of an architecture with code of its own ({', '.join(foreign)}), which "
-                "is not run from here",
+                f"{folder} is a model of an architecture with code of its own ({', '.join(foreign)}), which is not run "
+                "from here",
                 hint='measure the variant it was made of: prosparse query "SELECT variant FROM variants"',
             )
-        if not list(folder.glob("*.safetensors")):
-            raise BadInput(f"{folder} has no safetensors weights")
-        return Target(found, "prosparse", "fatrelu", exported=str(folder))
-    family = require_family(config, where=str(folder))
-    identity(found)
-    is_relu = str(config.get(family.config_key)) == "relu"
-    return Target(found, "relu" if is_relu else "original", "relu" if is_relu else "original")
+        if not [*folder.glob(SAFETENSORS), *folder.glob(PICKLED)]:
+            raise BadInput(f"{folder} has no weights, neither safetensors nor pytorch_model.bin")
+        return Target(model, plain.setting, plain.activation, exported=str(folder), shift=plain.shift)
+    require_family(config, where=str(folder))
+    identity(model)
+    name = "relu" if activation_name(config) == "relu" else "original"
+    return Target(model, name, name)
 
 
-def _hub_config(model: str) -> dict[str, Any]:
+def _needs_code(config: Mapping[str, Any], plain: Plain) -> bool:
+    """Whether the code that comes with a model is what computes it: an export brings only code that it was given."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if plain.config["model_type"] == GRANITE:
+        return False
+    is_exported = str(config.get("model_type")).startswith(EXPORTED)
+    return is_exported or plain.config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _trained_shift(folder: Path) -> float | None:
+    """b of the Shifted ReLU that a stage of ours trained the model of this folder with, as the stage recorded it."""
+    if folder.name != MODEL or not (folder.parent / RECORD).is_file():
+        return None
+    return read_record(folder.parent)["payload"]["config"].get("train", {}).get("shift")
+
+
+def _hub_config(model: Model) -> dict[str, Any]:
     """The config of a model on the hub; empty when it cannot be had: base_model then says why."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return json.loads(Path(hf_hub_download(model, "config.json")).read_text(encoding="utf-8"))
+        path = hf_hub_download(model.source, "config.json", revision=model.revision)
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except Exception:  # the hub, the network and the cache have no common error
         return {}
 
 
-def _download(model: str) -> Path:
+def _download(model: Model, *, is_planned: bool) -> Path | None:
+    """The files of a model on the hub; None where the run is only planned and they are not here yet."""
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", SAFETENSORS, "*.model", "*.txt", "*.jinja"]
+    options: dict[str, Any] = {"revision": model.revision, "local_files_only": is_planned}
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        folder = Path(snapshot_download(model.source, allow_patterns=patterns, **options))
+        if not list(folder.glob(SAFETENSORS)):
+            folder = Path(snapshot_download(model.source, allow_patterns=[*patterns, PICKLED], **options))
+        return folder
     except Exception as error:
+        if is_planned:
+            return None
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"cannot get {model!r} from the hub: {said}", hint="check the network") from error
+        raise BadInput(f"cannot get {model.source!r} from the hub: {said}", hint="check the network") from error
 
 
-def is_fatrelu(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a FATReLU model, ours or a released one."""
-    model_type = str(config.get("model_type"))
-    return model_type.startswith(EXPORTED) or model_type in FATRELU_TYPES
-
-
-def dense_config(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], list[float]]:
-    """(config of the plain architecture with ReLU, threshold per layer) of a FATReLU model's config.
-
-    Raises:
-        BadInput: unknown architecture, another activation, or not exactly one sound threshold per layer.
-    """
-    model_type = str(config["model_type"])
-    plain = FATRELU_TYPES.get(model_type) or model_type.removeprefix(EXPORTED)
-    family = require_family({**config, "model_type": plain}, where=where)
-    activation = config.get(family.config_key, config.get("hidden_act"))
-    one, each = config.get("hidden_act_param"), config.get("hidden_act_params")
-    num_layers = family.num_layers(config)
-    thresholds: Any = each if each is not None else [one] * num_layers
-    sound = isinstance(thresholds, list) and all(
-        isinstance(t, int | float) and not isinstance(t, bool) and 0 <= t < float("inf") for t in thresholds
+def _import(work: Work, files: Sequence[Path], target: Target) -> None:
+    """The weights as they are, under the plain architecture; FATReLU's thresholds beside them."""
+    folder = files[0].parent
+    plain = plain_model(config_of(folder), where=str(folder), shift=target.shift)
+    assert plain is not None, "a target with an activation of ours"
+    model = work.folder / MODEL
+    require_space(work.folder, sum(p.stat().st_size for p in files if p.match(SAFETENSORS)), f"importing {folder}")
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(
+        folder, model, ignore=shutil.ignore_patterns("*.py", "*.bin", "*.bin.index.json", "*.pt", "*.md", ".*")
     )
-    if activation != "fatrelu" or not sound or len(thresholds) != num_layers or (one is None) == (each is None):
-        raise BadInput(
-            f"{where}: config.json must say hidden_act: fatrelu with hidden_act_param (all layers) or "
-            f"hidden_act_params (one per layer), it says {activation!r}, {one!r} and {str(each)[:60]}",
-            hint="these weights are wrong under any other activation: export the model again",
-        )
-    dropped = ("hidden_act_param", "hidden_act_params", "auto_map", "architectures", "_name_or_path")
-    kept = {k: v for k, v in config.items() if k not in dropped}
-    kept |= {"model_type": plain, **dict.fromkeys(family.activation_keys(config), "relu")}
-    return kept, [float(t) for t in thresholds]
+    if not any(p.match(SAFETENSORS) for p in files):
+        _unpickle(folder, model, plain.config)
+    write_json(model / "config.json", plain.config)
+    if plain.thresholds is not None:
+        write_json(work.folder / THRESHOLDS, {"per_layer": plain.thresholds, "rule": "imported"})
+    work.meta.update(sizes_of(plain.config))
 
 
-def _import_fatrelu(work: Work, folder: Path) -> None:
-    """The weights as they are, under the plain architecture; the thresholds beside them."""
-    config, thresholds = dense_config(
-        json.loads((folder / "config.json").read_text(encoding="utf-8")), where=str(folder)
-    )
-    target = work.folder / MODEL
-    require_space(target.parent, sum(p.stat().st_size for p in folder.glob("*.safetensors")), f"importing {folder}")
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.py", "*.bin", "*.pt", "*.md", ".*"))
-    write_json(target / "config.json", config)
-    write_json(work.folder / THRESHOLDS, {"per_layer": thresholds, "rule": "imported"})
-    work.meta.update(sizes_of(config))
+def _unpickle(folder: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Write weights in PyTorch's own format as safetensors, by way of the architecture's class."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    readable = {k: "relu" if isinstance(v, str) and v in OWN_ACTIVATIONS else v for k, v in config.items()}
+    loaded = AutoModelForCausalLM.from_pretrained(folder, config=AutoConfig.for_model(**readable), dtype="auto")
+    loaded.save_pretrained(target)
 
 
 def _of_ledger(name: str, home: Path) -> Target:
@@ -221,12 +253,22 @@ def _of_ledger(name: str, home: Path) -> Target:
         raise BadInput(said, hint='prosparse query "SELECT variant, setting FROM variants"')
     artifact = artifact_of(ledger, home, name)
     if artifact.step == "export":
-        return _of_folder(name, artifact.path / "hf", trust_remote_code=False)
+        return of_source(Model(id="hf", source=str(artifact.path / "hf")))
     if artifact.step != "base_model":
         raise BadInput(f"artifact {name} of step {artifact.step} is no model", hint='prosparse query "FROM variants"')
-    label = artifact.label.rpartition(" · ")[2]
-    variant = Variant("original", artifact, "original")
-    return Target(Model(id=label, source=name), "original", "original", variant=variant)
+    model = Model(id=artifact.label.rpartition(" · ")[2], source=name)
+    variant = _of_imported(artifact)
+    return Target(model, variant.setting, variant.activation, shift=variant.shift, variant=variant)
+
+
+def _of_imported(artifact: Artifact) -> Variant:
+    """The variant that :func:`checkpoint` makes of a base_model artifact."""
+    if (artifact.path / THRESHOLDS).is_file():
+        return Variant("prosparse", artifact, "fatrelu", artifact)
+    plain = plain_model(config_of(artifact.path / MODEL), where=str(artifact.path))
+    if plain is None:
+        return Variant("original", artifact, "original")
+    return Variant(plain.setting, artifact, plain.activation, shift=plain.shift)
 
 
 def artifact_of(ledger: Ledger, home: Path, digest: str) -> Artifact:

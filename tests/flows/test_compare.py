@@ -14,6 +14,7 @@ import pytest
 from prosparse_core import recipe as recipes
 from prosparse_core.ledger import Ledger
 from prosparse_core.random_model import build_random
+from prosparse_core.report import collect, tables_compare
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = (
@@ -81,6 +82,21 @@ def test_every_setting_is_measured_under_equal_tokens(compared: tuple[Path, dict
     zeros = {r["setting"]: r["sparsity"] for r in rows if r["seed"] == 42}
     assert zeros["prosparse"] >= zeros["prosparse_star"] - 1e-9
     assert len(result["settings"]) == len(rows)
+
+
+def test_an_imported_checkpoint_is_another_model_and_in_the_comparison(compared: tuple[Path, dict[str, Any]]) -> None:
+    home, _ = compared
+    ledger = Ledger(home)
+    rows = ledger.query("SELECT model, setting FROM comparison ORDER BY setting").records()
+    models = {r["setting"]: r["model"] for r in rows}
+    assert set(models) == {*SETTINGS, "relullama", "relullama_fatrelu"}
+    assert {s for s, model in models.items() if model == "relullama"} == {"relullama", "relullama_fatrelu"}
+    assert set(models.values()) == {"relullama", "tiny-random-llama"}
+    (run,) = ledger.query("SELECT run_id FROM runs").records()
+    names = {str(row[0].text) for row in tables_compare.comparison(collect(ledger, run["run_id"])).rows}
+    assert {"relullama", "relullama_fatrelu"} <= names
+    steps = [r["step"] for r in ledger.query("SELECT step FROM steps ORDER BY started_at, step_id").records()]
+    assert steps[:2] == ["base_model", "base_model"], "before anything is trained"
 
 
 def test_what_settings_have_in_common_is_trained_once(compared: tuple[Path, dict[str, Any]]) -> None:

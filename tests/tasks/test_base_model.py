@@ -16,6 +16,7 @@ from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
 from prosparse_core.random_model import train_tokenizer
 from prosparse_core.recipe import Model, parse
+from prosparse_core.substitute import use_thresholds
 from prosparse_core.variants import MODEL, Variant, load_variant
 from tasks.base_model import base_model, check_chain, identity
 from tasks.evaluation.checkpoint import checkpoint, find_checkpoint
@@ -102,6 +103,58 @@ def test_a_minicpm_is_the_granite_it_is_read_as(base: Any, minicpm: Path, tmp_pa
         edit(folder, **changes)
         with pytest.raises(BadInput, match=message):
             identity(Model(id="m", source=str(folder)))
+
+
+def test_a_minicpm_that_runs_fatrelu_is_measured_with_it_and_is_no_dense_model(
+    base: Any, minicpm: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "minicpm-s"
+    shutil.copytree(minicpm, folder)
+    edit(folder, hidden_act="fatrelu", hidden_act_param=0.01)
+    assert list(folder.glob("*.py")), "its code comes with it, and is not needed"
+    variant = checkpoint(base.run()[0], find_checkpoint(str(folder), base.home))
+    num_layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    assert variant.layer_thresholds() == [0.01] * num_layers
+    granite, tokenizer = load_variant(variant)
+    assert granite.config.model_type == "granite"
+    own = AutoModelForCausalLM.from_pretrained(minicpm, trust_remote_code=True).eval()
+    use_thresholds(own, [0.01])
+    ids = tokenizer("def f(x):\n    return x", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected, found = own(input_ids=ids).logits, granite(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    for trusted in (False, True):
+        with pytest.raises(BadInput, match=r"config\.json: the activation is 'fatrelu': this is no dense") as caught:
+            identity(Model(id="m", source=str(folder), trust_remote_code=trusted))
+        assert "prosparse evaluate" in (caught.value.hint or "")
+
+
+def test_an_activation_that_transformers_lacks_is_refused_wherever_a_model_comes_from(
+    base: Any, minicpm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(base.dense.path / MODEL, folder)
+    edit(folder, hidden_act="swishglu")
+    with pytest.raises(BadInput, match=r"odd/config\.json: unknown activation 'swishglu'"):
+        identity(Model(id="m", source=str(folder)))
+    with pytest.raises(BadInput, match=r"model\.config: unknown activation 'swishglu'"):
+        identity(Model(id="m", source="random:llama", config={"hidden_act": "swishglu"}))
+    with pytest.raises(BadInput, match=r"model\.config: the activation is 'prosparse_drelu': this is no dense model"):
+        identity(Model(id="m", source="random:llama", config={"hidden_act": "prosparse_drelu"}))
+    # A hub id is looked at when it has been read.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    folder.rename(tmp_path / "owner" / "odd")
+    monkeypatch.setattr("tasks.base_model.identity", lambda model: {"hub": model.source})
+    with pytest.raises(BadInput, match=r"config\.json of owner/odd: unknown activation 'swishglu'"):
+        base_model(run_of(base, source="owner/odd"))
+    # Its own code may know what transformers does not; where the architecture reads no key, it is not looked up.
+    known = tmp_path / "known"
+    shutil.copytree(minicpm, known)
+    edit(known, hidden_act="swishglu")
+    identity(Model(id="m", source=str(known), trust_remote_code=True))
+    identity(Model(id="m", source="random:bloom", config={"hidden_act": "swishglu"}))
 
 
 def test_code_that_does_not_run_here_says_so(base: Any, minicpm: Path, tmp_path: Path) -> None:
