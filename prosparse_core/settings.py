@@ -32,7 +32,8 @@ class Row:
     @property
     def note(self) -> str:
         """What tells the row from others in progress lines."""
-        factor = f" {self.train.stages[-1].l1:g}" if self.setting == "fixed_l1" and self.train else ""
+        # An ending sft stage has a factor of its own; the one before it is the row's.
+        factor = f" {self.train.stages[1].l1:g}" if self.setting == "fixed_l1" and self.train else ""
         return f"{self.setting}{factor}" + ("" if self.seed is None else f" · seed {self.seed}")
 
 
@@ -124,20 +125,21 @@ def _activation(**changes: Any) -> Callable[[Recipe], list[Train | None]]:
 
     def train(recipe: Recipe) -> list[Train | None]:
         shift = {"shift": recipe.compare.shift} if changes["activation"] == "shifted_relu" else {}
-        return [_varied(recipe.train, _from_stage_0(recipe.train, l1=0.0), **changes, **shift)]
+        return [_varied(recipe.train, _in_one_stage(recipe.train, l1=0.0), **changes, **shift)]
 
     return train
 
 
 def _fixed(recipe: Recipe) -> list[Train | None]:
     """A constant factor from the end of stage 0 (paper, section 4.1): the foil of progressive factors."""
-    factors = recipe.compare.fixed_l1 or [recipe.train.stages[-1].l1]
+    stages = recipe.train.stages
+    factors = recipe.compare.fixed_l1 or [stages[_first_sft(stages) - 1].l1]
     if not all(factors):
         raise BadInput(
-            "compare.settings: fixed_l1 has no factor: the last stage's lambda is 0 or steered",
+            "compare.settings: fixed_l1 has no factor: the last stage's lambda (before phase: sft) is 0 or steered",
             hint="give factors, such as compare.fixed_l1=[0.3]",
         )
-    return [_varied(recipe.train, _from_stage_0(recipe.train, l1=factor)) for factor in factors]
+    return [_varied(recipe.train, _in_one_stage(recipe.train, l1=factor)) for factor in factors]
 
 
 def _ramp(shape: str) -> Callable[[Recipe], list[Train | None]]:
@@ -173,13 +175,51 @@ def _distilled_equal_time(recipe: Recipe) -> list[Train | None]:
 
 
 def _closed_loop(recipe: Recipe) -> list[Train | None]:
-    return [_varied(recipe.train, _from_stage_0(recipe.train, target_sparsity=recipe.compare.target_sparsity))]
+    return [_varied(recipe.train, _in_one_stage(recipe.train, target_sparsity=recipe.compare.target_sparsity))]
 
 
-def _from_stage_0(train: Train, **rest: Any) -> list[dict[str, Any]]:
-    """Stage 0 as it is, then one stage until the last step."""
-    stage_0: Stage = train.stages[0]
-    return [stage_0.model_dump(), {"until_step": train.total_steps, **rest}]
+def _in_one_stage(train: Train, **regularized: float | None) -> list[dict[str, Any]]:
+    """Stage 0 as it is, one stage (``l1`` or ``target_sparsity``) for those after it, and the ending ones of phase sft.
+
+    Everything else is as in the recipe at every step, so that a row differs from the recipe's stages by lambda alone:
+    the one stage has the teacher of those it stands for, stage 0 and the sft stages keep their own. In an sft stage
+    lambda changes by the recipe's own ratio: the recipe's last factor becomes the recipe's sft lambda, none stays none,
+    and rows of different factors stay different. A steered row is steered to its end.
+
+    Raises:
+        BadInput: the stages after stage 0 are not taught alike.
+    """
+    stages = train.stages
+    end = _first_sft(stages)
+    replaced, last = stages[1:end], stages[end - 1]
+    if odd := [str(i) for i, stage in enumerate(replaced, start=1) if stage.distill != replaced[0].distill]:
+        raise BadInput(
+            f"compare.settings: in train.stages, the distill of stage {' and '.join(odd)} is not that of stage 1: a "
+            "setting with one stage in their place would have another teacher than they have",
+            hint="give them the same distill, or leave out of compare.settings what has one stage in their place: "
+            "original_continued, vanilla_relu, shifted_relu, fixed_l1, closed_loop",
+        )
+    made: list[dict[str, Any]] = [stages[0].model_dump()]
+    # Without an sft stage the one stage is there even where it replaces none: validation then says that it is empty.
+    if replaced or end == len(stages):
+        taught = last.model_dump(include={"distill"}) if replaced else {}
+        made.append({"until_step": last.until_step, **regularized, **taught})
+    return made + [_sft(stage, last.l1, regularized) for stage in stages[end:]]
+
+
+def _first_sft(stages: list[Stage]) -> int:
+    """The index from which on all stages are of phase sft; their number where the last is not. Stage 0 never is."""
+    return 1 + max((i for i, stage in enumerate(stages) if i and stage.phase != "sft"), default=0)
+
+
+def _sft(stage: Stage, before: float, regularized: dict[str, float | None]) -> dict[str, Any]:
+    """An sft stage under another lambda; ``before`` is the recipe's own at the end of the stage before."""
+    kept = stage.model_dump(exclude={"l1", "target_sparsity"})
+    factor = regularized.get("l1")
+    if not factor:
+        return {**kept, **regularized, "ramp": "constant"}
+    has_ratio = before and stage.target_sparsity is None
+    return {**kept, "l1": stage.l1 * (factor / before) if has_ratio else factor}
 
 
 def _varied(train: Train, stages: list[dict[str, Any]], **changes: Any) -> Train:

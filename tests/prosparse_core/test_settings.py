@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,113 @@ def test_what_each_setting_changes() -> None:
 def test_the_default_fixed_factor_is_the_last_of_the_stages() -> None:
     rows = settings.rows(recipes.load("tiny", ["compare.settings=[fixed_l1]"]))
     assert [r.train.stages[-1].l1 for r in rows if r.train] == [0.2]
+
+
+def test_the_comparison_that_was_published_is_made_of_the_stages_it_was() -> None:
+    """What is in the store by now hangs on them."""
+    made = {}
+    for row in settings.rows(recipes.load("smollm2-135m-compare")):
+        if row.train and row.seed is None:
+            made[row.note] = [s.model_dump(exclude_defaults=True) for s in row.train.stages]
+    first = {"until_step": 40, "l1": 0.0}
+    assert made["fixed_l1 0.3"] == [first, {"until_step": 120, "l1": 0.3}]
+    assert made["fixed_l1 0.8"] == [first, {"until_step": 120, "l1": 0.8}]
+    assert made["closed_loop"] == [first, {"until_step": 120, "l1": 0.0, "target_sparsity": 0.75}]
+    for name in ("vanilla_relu", "original_continued", "shifted_relu"):
+        assert made[name] == [first, {"until_step": 120, "l1": 0.0}]
+
+
+TEACHER = "distill: {weight: 1.0, temperature: 2.0}"
+
+
+def stages_of(name: str, stages: str, *more: str) -> list[Any]:
+    """The stages of every row of a setting, made of tiny with other stages."""
+    overrides = [f"train.stages={stages}", f"compare.settings=[{name}]", *EVERYTHING[1:-1], *more]
+    return [r.train.stages for r in settings.rows(recipes.load("tiny", overrides)) if r.train]
+
+
+ONE_STAGE = ["original_continued", "vanilla_relu", "shifted_relu", "fixed_l1", "closed_loop"]
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+@pytest.mark.parametrize("stage_0", [None, 2.0])
+def test_the_one_stage_has_the_teacher_of_those_it_stands_for(name: str, stage_0: float | None) -> None:
+    beginning = f", {TEACHER}" if stage_0 else ""
+    stages = f"[{{until_step: 4, l1: 0{beginning}}}, {{until_step: 5, l1: 0.1, {TEACHER}}}, "
+    stages += f"{{until_step: 8, l1: 1.0, ramp: sine, {TEACHER}}}]"
+    assert [s.distill is not None for s in stages_of("prosparse_star", stages)[0]] == [bool(stage_0), True, True]
+    for made in stages_of(name, stages):
+        assert [(s.until_step, s.distill and s.distill.temperature) for s in made] == [(4, stage_0), (8, 2.0)]
+
+
+@pytest.mark.parametrize("name", ONE_STAGE)
+def test_stages_that_are_not_taught_alike_have_no_one_stage_in_their_place(name: str) -> None:
+    stages = f"[{{until_step: 4, l1: 0}}, {{until_step: 5, l1: 0.1, {TEACHER}}}, "
+    stages += "{until_step: 8, l1: 1.0, ramp: sine}, {until_step: 9, l1: 1.0}]"
+    with pytest.raises(BadInput, match=r"the distill of stage 2 and 3 is not that of stage 1") as caught:
+        stages_of(name, stages)
+    assert name in str(caught.value.hint)
+    assert len(stages_of("prosparse_star", stages)[0]) == 4
+
+
+SFT = "[{until_step: 4, l1: 0}, {until_step: 5, l1: 0.1}, {until_step: 8, l1: 1.0, ramp: sine}, "
+SFT += f"{{until_step: 9, l1: 0.2, phase: sft, {TEACHER}}}, {{until_step: 12, l1: 0.2, phase: sft}}]"
+
+
+def test_ending_sft_stages_stay_and_the_default_factor_is_the_last_before_them() -> None:
+    own = stages_of("prosparse_star", SFT)[0]
+    (fixed,) = stages_of("fixed_l1", SFT, "compare.fixed_l1=[]")
+    assert [(s.until_step, s.l1, s.phase) for s in fixed[:2]] == [(4, 0, "prosparse"), (8, 1.0, "prosparse")]
+    assert fixed[2:] == own[3:]
+    row = settings.rows(recipes.load("tiny", [f"train.stages={SFT}", "compare.settings=[fixed_l1]"]))[0]
+    assert row.note == "fixed_l1 1"
+
+
+def test_an_sft_stage_lowers_every_lambda_by_the_same_ratio() -> None:
+    """The ledger tells rows of a setting apart by lambda at their end: two factors must not end in one."""
+    by_factor = [[s.l1 for s in made] for made in stages_of("fixed_l1", SFT)]
+    assert by_factor == [
+        [0, 0.1, pytest.approx(0.02), pytest.approx(0.02)],
+        [0, 0.2, pytest.approx(0.04), pytest.approx(0.04)],
+    ]
+    for name in ("original_continued", "vanilla_relu", "shifted_relu"):
+        (made,) = stages_of(name, SFT)
+        assert [(s.until_step, s.l1, s.phase) for s in made] == [
+            (4, 0, "prosparse"), (8, 0, "prosparse"), (9, 0, "sft"), (12, 0, "sft"),
+        ]  # fmt: skip
+        assert [s.distill is None for s in made] == [True, True, False, True]
+    (steered,) = stages_of("closed_loop", SFT)
+    assert [(s.until_step, s.target_sparsity, s.phase) for s in steered[1:]] == [
+        (8, 0.75, "prosparse"), (9, 0.75, "sft"), (12, 0.75, "sft"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        # Nothing but sft after stage 0, and lambdas that have no ratio: the factor goes on.
+        ("[{until_step: 4, l1: 0}, {until_step: 8, l1: 0.3, phase: sft}]", [0, 0.1]),
+        (
+            "[{until_step: 4, l1: 0}, {until_step: 8, target_sparsity: 0.5}, "
+            "{until_step: 9, target_sparsity: 0.6, phase: sft}]",
+            [0, 0.1, 0.1],
+        ),
+        (
+            "[{until_step: 4, l1: 0}, {until_step: 8, l1: 0.5}, {until_step: 9, target_sparsity: 0.6, phase: sft}]",
+            [0, 0.1, 0.1],
+        ),
+        # An sft stage before others is one of those that are replaced.
+        (
+            "[{until_step: 4, l1: 0}, {until_step: 8, l1: 0.5}, {until_step: 9, l1: 0.1, phase: sft}, "
+            "{until_step: 12, l1: 0.2, ramp: sine}]",
+            [0, 0.1],
+        ),
+    ],
+)
+def test_a_given_factor_where_the_recipe_has_no_ratio(stages: str, expected: list[float]) -> None:
+    made = stages_of("fixed_l1", stages)[0]
+    assert [s.l1 for s in made] == expected
+    assert made[-1].until_step == recipes.load("tiny", [f"train.stages={stages}"]).train.total_steps
 
 
 @pytest.mark.parametrize(
