@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         nargs="?",
         const="docs",
-        help="write DIR/results.md (default: docs) about a comparison, with the curves of other runs named beside it, or "
-        "DIR/benchmarks.md about evaluations",
+        help="write DIR/results.md (default: docs) about a comparison, with the curves of other runs named beside it; "
+        "of evaluations alone, DIR/benchmarks.md",
     )
     _add_export(verb("export", "write the model of a run in the format of another program"))
     return parser

@@ -71,8 +71,9 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said += [f"Not measured: {note}." for note in missing]
     absent = [s for s in data.expected if s not in {r["setting"] for r in rows}]
     said += [f"{name_of(s)} is missing: {data.why_missing('evaluate', s)}." for s in absent]
-    if any(r["is_foreign"] for r in data["paper"]):
-        said.append(f"The paper does not treat {data.run['model']}: its numbers stand beside ours as a scale only.")
+    foreign = dict.fromkeys(str(r["model"]) for r in data["paper"] if r["is_foreign"])
+    if foreign:
+        said.append(f"The paper does not treat {', '.join(foreign)}: its numbers stand beside ours as a scale only.")
     return said
 
 
@@ -109,7 +110,8 @@ def _held_out(data: ReportData) -> str:
 
 def _evaluated_with(data: ReportData) -> str:
     found = {(r["dtype"], r["batch_size"]) for r in data["scores"] if r["dtype"]}
-    return " / ".join(f"{dtype}, {batch_size}" for dtype, batch_size in sorted(found, key=str)) or NA
+    told = [[str(part) for part in pair if part is not None] for pair in sorted(found, key=str)]
+    return " / ".join(", ".join(parts) for parts in told) or NA
 
 
 def _seeds(data: ReportData) -> list[Any]:

@@ -38,7 +38,7 @@ FROM published s JOIN published a USING (model, setting, condition, source)
 WHERE s.metric = 'sparsity_pct' AND a.metric = 'average_pct' AND s.source LIKE '%Table 5'
 ORDER BY s.model DESC, sparsity_pct, s.setting""",
     "paper": """
-SELECT setting, l1, seed, variant, metric, ours, stderr, partial, not_measured, paper, gap, paper_model,
+SELECT model, setting, l1, seed, variant, metric, ours, stderr, partial, not_measured, paper, gap, paper_model,
        paper_model(model) IS NULL AS is_foreign, source
 FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, seed, metric, variant""",
     "checkpoints": """
@@ -73,8 +73,9 @@ WITH asked AS (
   WHERE r.run_id = {run} AND e.task IS NOT NULL AND e.corpus IS NULL GROUP BY ALL)
 SELECT a.*, b.metric, b.value, b.stderr, b.n, b.partial, b.not_measured
 FROM asked a LEFT JOIN benchmarks b ON b.run_id = {run} AND (b.variant, b.benchmark) = (a.variant, a.benchmark)
-ORDER BY list_position(flatten([members_of(s) FOR s IN ['code', 'commonsense', 'reading', 'gsm8k', 'mmlu', 'bbh',
-                                                        'agieval']]), a.benchmark) NULLS LAST, a.benchmark, a.variant""",
+ORDER BY list_position(
+  flatten([members_of(s) FOR s IN ['code', 'commonsense', 'reading', 'gsm8k', 'mmlu', 'bbh', 'agieval']]), a.benchmark
+) NULLS LAST, a.benchmark, a.variant""",
     "suites": """
 SELECT setting, variant, suite, value, stderr, num_benchmarks, partial, not_measured, len(members_of(suite)) AS expected
 FROM suites WHERE run_id = {run} AND len(members_of(suite)) > 1 ORDER BY suite, variant""",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "prosparse_shared_prefix"
 MAX_SCORES = 1 << 25
@@ -36,6 +36,7 @@ def attending(model: Any, cache: Any) -> Iterator[None]:
 
     The caller gives positions that go on after them and a cache of the rows' own tokens.
     """
+    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -82,6 +83,8 @@ def attend(
         shared_value: like ``shared_key``.
         scaling: of the scores.
     """
+    import torch
+
     batch, heads, seq, dim = query.shape
     kv_heads, own = key.shape[1], key.shape[2]
     groups = heads // kv_heads

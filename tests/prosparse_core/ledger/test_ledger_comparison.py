@@ -189,7 +189,7 @@ def test_matched_sparsity_over_seeds_is_the_spread_off_the_line(small: Ledger) -
 
 
 def test_what_few_seeds_do_not_know_counts_beside_a_known_error(small: Ledger) -> None:
-    """Two seeds of the progressive setting, one of each factor: the variance of one degree of freedom and a known one."""
+    """Two seeds of the progressive setting, one of each factor: a variance of one degree of freedom and a known one."""
     star = [even("prosparse_star", p, 0.7, 1.0, seed=k) for k, p in enumerate((12.0, 13.0))]
     [row] = found(small, VANILLA, FIXED, *star)
     seeds, known = statistics.variance(math.log(p) for p in (12.0, 13.0)) / 2, 0.01**2 / 2

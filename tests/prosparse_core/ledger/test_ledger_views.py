@@ -145,7 +145,10 @@ def test_a_mean_that_lacks_a_benchmark_is_not_the_papers(tmp_path: Path) -> None
 
 
 def test_the_average_has_the_error_of_a_mean_of_seven(tmp_path: Path) -> None:
-    tasks = "humaneval mbpp piqa siqa hellaswag winogrande copa boolq lambada tydiqa gsm8k mmlu bbh agieval".split()
+    tasks = [
+        "humaneval", "mbpp", "piqa", "siqa", "hellaswag", "winogrande", "copa", "boolq", "lambada", "tydiqa", "gsm8k",
+        "mmlu", "bbh", "agieval",
+    ]  # fmt: skip
     ledger = scores(tmp_path, [{"task": t, "metric": "acc", "value": 0.5, "stderr": 0.03} for t in tasks])
     [(average, error, incomplete)] = ask(ledger, "SELECT average, average_stderr, incomplete FROM leaderboard")
     squares = sum((0.03 / math.sqrt(n)) ** 2 for n in (2, 5, 3, 1, 1, 1, 1))

@@ -64,8 +64,8 @@ def test_two_models_beside_each_other(tmp_path: Path) -> None:
         "",
         "1. copa: dataset aps/super\\_glue not found in DIR",
         "2. one of the two is missing",
-        "3. the paper's average needs all of it: here code, reading, gsm8k, mmlu, bbh, agieval\\_math, copa, hellaswag, "
-        "siqa, winogrande are missing",
+        "3. the paper's average needs all of it: here code, reading, gsm8k, mmlu, bbh, agieval\\_math, copa, "
+        "hellaswag, siqa, winogrande are missing",
         "",
     ]
     assert FOLDER not in "\n".join(lines)

@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_page(tmp_path: Path) -> N
     (tmp_path / "results.md").write_text("old")
     (tmp_path / "results").write_text("a file in the way")
     with pytest.raises(EnvironmentProblem, match="cannot be written"):
-        _replace(tmp_path, "new", {"comparison.svg": "new"})
+        _replace(tmp_path, "results.md", "new", {"comparison.svg": "new"})
     assert sorted(os.listdir(tmp_path)) == ["results", "results.md"]
     assert (tmp_path / "results.md").read_text() == "old"
 
