@@ -29,7 +29,7 @@ def give_room(cache: Any, dtype: torch.dtype | None = None) -> None:
 
 
 class _Growing:
-    """In place of a layer's ``update``: keys and values [batch, kv_heads, seq, head_dim] are views of longer buffers."""
+    """In place of a layer's ``update``: keys and values [batch, kv_heads, seq, head_dim] as views of longer buffers."""
 
     def __init__(self, layer: Any, dtype: torch.dtype | None) -> None:
         self.layer = layer
