@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 A_FLOW = """
-import json, pickle, sys
+import json, pickle, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell has it ignored
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from conftest import make_run
