@@ -1,4 +1,4 @@
-"""The suite on a tiny model and a made-up mirror: the paper's rule by hand, against plain torch, and in every row."""
+"""The suite on a tiny model and a made-up mirror: against plain torch, in every row, and with rows that do not fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tasks.evaluation import benchmark_data, measure_benchmarks, scoring
 from tasks.evaluation.benchmarks import BENCHMARKS, averages, plan_benchmarks
 from tasks.evaluation.evaluation import Evaluation
 from tasks.evaluation.held_out import Score
-from tasks.evaluation.scores import group_scores, with_paper_rule
 from tests.tasks.held_out_files import CONFIG, make_model
 from tests.tasks.mini_hub import DATA, PIQA, write_mini_hub, write_parquet
 
@@ -43,33 +42,6 @@ def measured(
 
 def by_task(found: Evaluation) -> dict[tuple[str | None, str], Score]:
     return {(s.task, s.metric): s for s in found.scores}
-
-
-class Judge:
-    """A multiple-choice task whose right answer is the first."""
-
-    def process_results(self, doc: Any, results: list[tuple[float, bool]]) -> dict[str, float]:
-        return {"acc": float(max(range(len(results)), key=lambda i: results[i][0]) == doc["gold"])}
-
-
-def test_the_paper_s_rule_by_hand() -> None:
-    """-6 over 4 tokens is a perplexity of e^1.5, -5 over 2 of e^2.5, -4.2 over 2 of e^2.1."""
-    counts = {("q", " long answer here"): 4, ("q", " short"): 2, ("q", " other"): 2}
-    sample = {
-        "doc": {"gold": 0},
-        "arguments": [("q", " long answer here"), ("q", " short"), ("q", " other")],
-        "filtered_resps": [(-6.0, False), (-5.0, False), (-4.2, False)],
-    }
-    other = {**sample, "doc": {"gold": 2}}
-    harness = Score("acc", 0.5, 0.5, 2, True, task="t", headline=True)
-    norm = Score("acc_norm", 1.0, 0.0, 2, True, task="t")
-    ours, acc, acc_norm = with_paper_rule(Judge(), [sample, other], [harness, norm], counts, "acc_ppl")
-    assert (ours.metric, ours.value, ours.stderr, ours.headline) == ("acc_ppl", 0.5, 0.5, True)
-    assert (acc.headline, acc_norm.headline) == (False, False)
-    only_first, *_ = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc_ppl")
-    assert only_first.value == 1.0, "the summed log-likelihood would have taken the third"
-    kept = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc")
-    assert [(s.metric, s.headline) for s in kept] == [("acc_ppl", False), ("acc", True), ("acc_norm", False)]
 
 
 def test_mmlu_s_letter_is_right_only_if_greedy_decoding_gives_it(
@@ -100,18 +72,6 @@ def test_mmlu_s_letter_is_right_only_if_greedy_decoding_gives_it(
     assert found["mmlu_anatomy", "acc_ppl"].headline is False
     (column,) = [a for a in averages([vars(s) for s in found.values()]) if a.name == "mmlu"]
     assert column.value == pytest.approx(1 / 3)
-
-
-def test_where_nothing_of_the_choices_is_given_none_is_right() -> None:
-    """Told 0 for every candidate the task would take the first, which is the right one."""
-    sample = {"doc": {"gold": 0}, "arguments": [("q", " A"), ("q", " B")], "filtered_resps": [(-2.0, False)] * 2}
-    acc = Score("acc", 1.0, None, 1, True, task="t", headline=True)
-    found = with_paper_rule(Judge(), [sample], [acc], {("q", " A"): 1, ("q", " B"): 1}, "acc_greedy")
-    assert {s.metric: (s.value, s.headline) for s in found} == {
-        "acc_greedy": (0.0, True),
-        "acc_ppl": (1.0, False),
-        "acc": (1.0, False),
-    }
 
 
 def test_piqa_equals_plain_torch(tiny: tuple[Any, Any], hub: Path) -> None:
@@ -362,20 +322,6 @@ def test_a_benchmark_of_which_nothing_can_be_had_is_one_row(
             ("piqa", "acc_ppl", "baber/piqa"),
         )
     ]
-
-
-def test_groups_are_means_of_their_tasks() -> None:
-    (bbh,) = [b for b in BENCHMARKS if b.name == "bbh"]
-    one = Score("exact_match,strip", 0.2, 0.03, 100, True, task="bbh_fewshot_a", headline=True, num_fewshot=3)
-    two = Score("exact_match,strip", 0.8, 0.04, 300, True, task="bbh_fewshot_b", headline=True, num_fewshot=3)
-    paper, by_question = group_scores(bbh, [one, two], {"bbh_fewshot_c": "why"})
-    assert (paper.task, paper.metric, paper.headline, paper.n) == ("bbh_fewshot", "exact_match,strip", True, 400)
-    assert paper.value == pytest.approx(0.5)
-    assert paper.stderr == pytest.approx(0.025)
-    assert paper.note == "mean of 2 of 3 tasks: without bbh_fewshot_c"
-    assert (by_question.metric, by_question.headline) == ("exact_match,strip,by_question", False)
-    assert by_question.value == pytest.approx(0.65)
-    assert group_scores(bbh, [], {"bbh_fewshot_c": "why"}) == []
 
 
 def test_a_limit_below_one_is_refused(tiny: tuple[Any, Any], hub: Path) -> None:
