@@ -83,11 +83,9 @@ def _value(score: Mapping[str, Any]) -> str:
 
 
 def _mean(average: Average, is_partial: bool) -> str:
-    marks = (
-        []
-        if average.num_measured == average.num_benchmarks
-        else [f"{average.num_measured} of {average.num_benchmarks}"]
-    )
+    if average.value is None:
+        return "n/a"
+    share = f"{average.num_measured} of {average.num_benchmarks}"
+    marks = [share] if average.num_measured < average.num_benchmarks else []
     marks += ["partial"] if is_partial else []
-    value = "n/a" if average.value is None else f"{100 * average.value:.2f} %"
-    return value + (f" ({', '.join(marks)})" if marks and average.value is not None else "")
+    return f"{100 * average.value:.2f} %" + (f" ({', '.join(marks)})" if marks else "")

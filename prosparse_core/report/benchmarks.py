@@ -14,8 +14,6 @@ from prosparse_core.report.format import MINUS, SPACE, count, is_number, pct
 from prosparse_core.report.grid import Cell, Column, Grid, escaped
 from prosparse_core.report.names import name_of, order_of
 
-Shown = tuple[str, Record]
-"""(variant, row)"""
 COLUMNS = ("code", "commonsense", "reading", "gsm8k", "mmlu", "bbh", "agieval")
 """Of the paper's Table 1; the last four are benchmarks of their own."""
 

@@ -208,8 +208,6 @@ def _no_gap(grid: Grid, row: Record) -> Cell:
     said += [f"ours is without {', '.join(row['not_measured'])}"] if row["not_measured"] else []
     return grid.missing("; ".join(said))
 
-    return grid
-
 
 def printed(data: ReportData) -> Grid:
     """The paper's ablation of the fixed factor, beside its progressive rows."""

@@ -130,7 +130,6 @@ def decode_greedily(
             cache.batch_repeat_interleave(len(rests))
     found: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    is_first = True
     sharing = attending(model, beginning) if beginning is not None else contextlib.nullcontext()
     with torch.inference_mode(), autocast(precision, device.type), sharing:
         for _ in range(max_new):
@@ -143,9 +142,8 @@ def decode_greedily(
                 **last_logits_only(model),
             )
             cache, next_B = out.past_key_values, out.logits[:, -1].argmax(1)
-            if is_first:
+            if not found[running[0]]:
                 give_room(cache, torch.bfloat16 if precision == "bf16" else None)
-                is_first = False
             for row, token in zip(running, next_B.tolist(), strict=True):
                 found[row].append(token)
             keep = [i for i, row in enumerate(running) if not is_finished(found[row])]

@@ -19,14 +19,17 @@ MAX_SCORES = 1 << 25
 
 
 def can_share(model: Any, cache: Any) -> bool:
-    """Whether the model's attention can be replaced by :func:`attend`: plain, through transformers' interface, and with
-    a cache that keeps all it is given."""
+    """Whether the model's attention can be replaced by :func:`attend`: plain, through transformers' interface, keys and
+    values of one size, and a cache that keeps all it is given."""
     from transformers.cache_utils import DynamicLayer
+
+    def is_plain(layer: Any) -> bool:
+        return type(layer) is DynamicLayer and layer.is_initialized and layer.keys.shape == layer.values.shape
 
     return (
         getattr(model.config, "_attn_implementation", None) == "sdpa"
         and model._can_set_attn_implementation()
-        and all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None]))
+        and all(map(is_plain, getattr(cache, "layers", [None])))
     )
 
 
@@ -60,6 +63,7 @@ def attending(model: Any, cache: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+        shared.clear()  # the function stays registered
 
 
 def attend(
@@ -94,9 +98,8 @@ def attend(
 
     scores = query_BKGTD.flatten(2, 3) @ key.float().transpose(-1, -2)
     scores = scores.view(batch, kv_heads, groups, seq, own).masked_fill(~mask[:, :, None], -torch.inf)
-    peak = scores.amax(-1, keepdim=True).clamp(
-        min=torch.finfo(torch.float32).min
-    )  # a row of filler sees none of its own
+    # A row of filler sees none of its own.
+    peak = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weights = (scores - peak).exp()
     total = weights.sum(-1, keepdim=True)
     out = (weights.flatten(2, 3) @ value.float()).view(batch, kv_heads, groups, seq, dim)

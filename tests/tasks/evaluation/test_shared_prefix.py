@@ -13,6 +13,8 @@ from torch import Tensor
 from tasks.evaluation import decoding, shared_prefix
 from tasks.evaluation.decoding import decode_greedily, read_prefix
 from tasks.evaluation.shared_prefix import attend, attending, can_share
+from tests.prosparse_core.models import MODEL_TYPES
+from tests.prosparse_core.models import tiny as tiny_of
 from tests.tasks.held_out_files import make_model
 
 SHARED = list(range(10, 50))
@@ -95,6 +97,20 @@ def test_a_model_decodes_as_with_copies(tiny: Any, monkeypatch: pytest.MonkeyPat
     assert tiny.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_known_family_answers_as_each_prompt_alone(model_type: str) -> None:
+    """Whether its attention can be shared or not; with weights that are large enough to disagree."""
+    model = tiny_of(model_type)
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.dim() > 1):
+            weight.mul_(4)
+    prompts = [[*SHARED, 7], [*SHARED, 9, 8, 3], [*SHARED, 20, 21, 22, 23, 24, 25, 26], [*SHARED, 7, 7]]
+    told: dict[str, Any] = {"max_new": 10, "is_finished": lambda ids: False}
+    prefix = read_prefix(model, SHARED, "fp32")
+    alone = [decode_greedily(model, [prompt], "fp32", **told)[0] for prompt in prompts]
+    assert decode_greedily(model, prompts, "fp32", prefix=prefix, **told) == alone
+
+
 def test_what_is_not_plain_attention_is_not_shared(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
@@ -104,6 +120,9 @@ def test_what_is_not_plain_attention_is_not_shared(tiny: Any, monkeypatch: pytes
     sliding.layers = [DynamicSlidingWindowLayer(sliding_window=8)]
     assert not can_share(tiny, sliding), "a window forgets the beginning"
     assert not can_share(tiny, object())
+    uneven = DynamicCache()
+    uneven.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 4), 0)
+    assert not can_share(tiny, uneven)
     monkeypatch.setattr(type(tiny), "_can_set_attn_implementation", classmethod(lambda cls: False))
     assert not can_share(tiny, cache)
 
