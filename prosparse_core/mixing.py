@@ -6,7 +6,7 @@ Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
     train/CORPUS.tokens.npy           int32 [windows, seq_len]
     train/CORPUS.mask.npy             uint8 [windows, seq_len], 1 where the token is a label; instruction corpora only
     calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .mask.npy)
-    calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt?, num_tokens}
+    calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt? messages?, num_tokens}
     evaluation/CORPUS.jsonl           likewise, of other files
     evaluation/choices.jsonl          {id, file, question, choices, answer}: made of held-out evaluation code
     streams.json, tokenizer/          of streamed corpora, instead of train/: what their shards are made from
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prosparse_core.data import code_corpora
+from prosparse_core.data.documents import Document, from_row, stable_hash
 from prosparse_core.data.packing import Encoder
 from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
-from prosparse_core.data.sources import Document, stable_hash
 from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
 from prosparse_core.data.stream_reader import Streams
 from prosparse_core.errors import BadInput
@@ -265,8 +265,7 @@ class Mixture:
     def held_out(self, split: str, corpus: str) -> list[Document]:
         """The documents of ``calibration`` or ``evaluation``; ``packing.Encoder`` turns them into tokens."""
         with (self._folder / split / f"{corpus}.jsonl").open(encoding="utf-8") as handle:
-            rows = [json.loads(line) for line in handle]
-        return [Document(row["id"], row["file"], row["text"], row.get("prompt")) for row in rows]
+            return [from_row(json.loads(line)) for line in handle]
 
     def _open(self, split: str, name: str) -> _Windows:
         mask = self._folder / split / f"{name}.mask.npy"

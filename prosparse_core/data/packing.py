@@ -11,13 +11,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from prosparse_core.data.sources import Document
+from prosparse_core.data.chat import ChatFormat, Said
+from prosparse_core.data.documents import ASSISTANT, USER, Document, conversation
 from prosparse_core.errors import BadInput
 
-PLAIN_FORMAT = ("### Instruction:\n", "\n\n### Response:\n", "")
-"""Before the prompt, between prompt and answer, after the answer: for a tokenizer without a chat template."""
 LOOKAHEAD = 64
-_PROMPT, _ANSWER = "\u27eaprompt\u27eb", "\u27eaanswer\u27eb"
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Encoder:
     """Documents to tokens, in the one format of a tokenizer.
 
     A text is put between ``prefix`` (BOS, if the tokenizer itself puts it before a text, or if there is no EOS) and
-    ``suffix`` (EOS). An instruction is written by the tokenizer's chat template, or as ``PLAIN_FORMAT`` between the
-    same prefix and suffix; its labels are the answer and the token that ends the turn.
+    ``suffix`` (EOS). A chat is written by the tokenizer's chat template, or plainly between the same prefix and suffix
+    (:mod:`prosparse_core.data.chat`); its labels are what the assistant says and the token that ends each such turn.
 
     Raises:
         BadInput: the tokenizer has neither BOS nor EOS, so documents cannot be told apart.
@@ -51,8 +49,7 @@ class Encoder:
         adds_bos = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
         self.prefix: list[int] = [bos] if adds_bos or eos is None else []
         self.suffix: list[int] = [] if eos is None else [eos]
-        self.uses_chat_template = bool(tokenizer.chat_template)
-        self._chat: tuple[str, str, str] | None = None
+        self._format = ChatFormat(tokenizer, "".join(tokenizer.convert_ids_to_tokens(self.suffix)))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
@@ -65,7 +62,7 @@ class Encoder:
             "eos_token_id": self._tokenizer.eos_token_id,
             "document_prefix": self.prefix,
             "document_suffix": self.suffix,
-            "instruction_format": "chat_template" if self.uses_chat_template else "plain",
+            "instruction_format": "chat_template" if self._format.uses_template else "plain",
         }
 
     def chat_format(self) -> tuple[str, str, str]:
@@ -74,32 +71,17 @@ class Encoder:
         Raises:
             BadInput: the chat template refuses a user turn with an answer, or does not write both as they are.
         """
-        if self._chat is None:
-            self._chat = self._render_chat() if self.uses_chat_template else PLAIN_FORMAT
-        return self._chat
-
-    def _render_chat(self) -> tuple[str, str, str]:
-        import jinja2
-
-        turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
-        try:
-            # Templates that write today's date take it from here: the same recipe gives the same tokens every day.
-            text = self._tokenizer.apply_chat_template(turns, tokenize=False, date_string="26 Jul 2024")
-        except jinja2.TemplateError as error:
-            raise BadInput(f"the tokenizer's chat template refuses a prompt and its answer: {error}") from error
-        before, _, rest = text.partition(_PROMPT)
-        between, found, after = rest.partition(_ANSWER)
-        if not found or _PROMPT in between + after or _ANSWER in before + after:
-            raise BadInput(
-                "the tokenizer's chat template does not write the prompt and then the answer, once each",
-                hint="use a text source (column or template) instead of an instruction source",
-            )
+        before, between, after = self._format.pieces((USER, ASSISTANT))
         return before, between, after
+
+    def written(self, document: Document) -> str:
+        """The text of a chat, as the model reads it."""
+        return self._format.render(document)[0]
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """The documents in their order."""
-        texts = [d for d in documents if d.prompt is None]
-        chats = [d for d in documents if d.prompt is not None]
+        texts = [d for d in documents if d.chat is None]
+        chats = [d for d in documents if d.chat is not None]
         found = {id(d): e for d, e in zip(texts, self._encode_texts(texts), strict=True)}
         found.update({id(d): e for d, e in zip(chats, self._encode_chats(chats), strict=True)})
         return [found[id(d)] for d in documents]
@@ -109,20 +91,36 @@ class Encoder:
         batch: list[Document] = []
         for document in documents:
             batch.append(document)
-            if len(batch) >= 64 or sum(len(d.text) for d in batch) >= max_chars:
+            if len(batch) >= 64 or sum(d.num_chars for d in batch) >= max_chars:
                 yield from self.encode(batch)
                 batch = []
         yield from self.encode(batch)
 
     def cut(self, document: Document, max_tokens: int) -> Encoded:
         """The document, shortened at a line end so that it has at most ``max_tokens`` tokens. For texts only."""
-        assert document.prompt is None
+        assert document.chat is None
         encoded = self.encode([document])[0]
         while len(encoded.tokens) > max_tokens:
             text = encoded.document.text
             end = max(1, len(text) * max_tokens // (len(encoded.tokens) + 1))
             end = text.rfind("\n", 0, end) + 1 or end
             encoded = self.encode([Document(document.id, document.file, text[:end])])[0]
+        return encoded
+
+    def cut_chat(self, document: Document, max_tokens: int) -> Encoded | None:
+        """The chat, without as many of its last turns as keep it from having at most ``max_tokens`` tokens.
+
+        It still ends with a turn of the assistant. None when not even the first such turn fits.
+        """
+        assert document.chat is not None
+        encoded = self.encode([document])[0]
+        while len(encoded.tokens) > max_tokens:
+            turns = list((encoded.document.turns or ())[:-1])
+            while turns and turns[-1].role != ASSISTANT:
+                turns.pop()
+            if not turns:
+                return None
+            encoded = self.encode([conversation(document.id, document.file, turns)])[0]
         return encoded
 
     def _encode_texts(self, documents: Sequence[Document]) -> Iterator[Encoded]:
@@ -142,28 +140,40 @@ class Encoder:
                 "an instruction corpus needs a fast tokenizer, which says where the answer's tokens are",
                 hint="add tokenizer.json to the model's folder",
             )
-        before, between, after = self.chat_format()
-        heads = [f"{before}{d.prompt}{between}" for d in documents]
-        texts = [f"{head}{d.text}{after}" for head, d in zip(heads, documents, strict=True)]
+        rendered = [self._format.render(d) for d in documents]
         found = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+            [text for text, _ in rendered],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
-        for document, head, ids, offsets in zip(
-            documents, heads, found["input_ids"], found["offset_mapping"], strict=True
+        for document, (_, said), ids, offsets in zip(
+            documents, rendered, found["input_ids"], found["offset_mapping"], strict=True
         ):
-            first, last = len(head), len(head) + len(document.text)
-            mask = [int(end > first and start < last) for start, end in offsets]
-            ending = [i for i, (start, _) in enumerate(offsets) if start >= last]
-            turn_end = next((i for i in ending if ids[i] in self._special), None)
-            tokens = list(ids)
-            if turn_end is not None:
-                mask[ending[0] : turn_end + 1] = [1] * (turn_end + 1 - ending[0])
-            else:
-                tokens += self.suffix
-                mask += [1] * len(self.suffix)
-            if not self.uses_chat_template:
-                tokens, mask = self.prefix + tokens, [0] * len(self.prefix) + mask
-            yield Encoded(document, np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.uint8))
+            tokens = np.array(ids, dtype=np.int32)
+            mask, is_ended = self._labels(tokens, np.array(offsets, dtype=np.int64).reshape(-1, 2), said)
+            before, after = ([] if self._format.uses_template else self.prefix), ([] if is_ended else self.suffix)
+            yield Encoded(
+                document,
+                np.array([*before, *ids, *after], dtype=np.int32),
+                np.concatenate([np.zeros(len(before)), mask, np.ones(len(after))]).astype(np.uint8),
+            )
+
+    def _labels(self, tokens: np.ndarray, offsets: np.ndarray, said: Sequence[Said]) -> tuple[np.ndarray, bool]:
+        """1 for every token of an assistant turn, and of what ends it up to the first special token there, if any; and
+        whether the last turn has such an end. A token that reaches across the border of a turn belongs to it.
+        """
+        starts, ends = offsets[:, 0], offsets[:, 1]
+        mask, is_ended = np.zeros(len(tokens), dtype=np.uint8), False
+        for turn in said:
+            mask[(ends > turn.first) & (starts < turn.last)] = 1
+            ending = np.flatnonzero((starts >= turn.last) & (starts < turn.end))
+            stop = next((i for i in ending if tokens[i] in self._special), None)
+            is_ended = stop is not None
+            if stop is not None:
+                mask[ending[0] : stop + 1] = 1
+        return mask, is_ended
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from prosparse_core.data.documents import Document, split_of, to_row
 from prosparse_core.data.packing import Encoded, Encoder, RowWriter, Window, pack_texts, pack_whole
-from prosparse_core.data.sources import Document, documents, split_of
+from prosparse_core.data.sources import documents
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Data, Source
 
@@ -61,7 +62,7 @@ class Corpus:
         if first is None:
             raise BadInput(f"source {source.name!r} has no text", hint="check its path and columns")
         self._stream = itertools.chain([first], stream)
-        self.is_instruction = first.prompt is not None
+        self.is_instruction = first.chat is not None
         if self.is_instruction:
             encoder.chat_format()
         self._waiting: list[Document] = []
@@ -111,12 +112,9 @@ class Corpus:
         for document in itertools.chain(tuple(self._waiting), self._read()):
             if split_of(document.file) != split or document.key in keys:
                 continue
-            if document.prompt is None:
-                encoded = self._encoder.cut(document, limit)
-            else:
-                encoded = self._encoder.encode([document])[0]
-                if len(encoded.tokens) > limit:
-                    continue
+            cut = self._encoder.cut if document.chat is None else self._encoder.cut_chat
+            if (encoded := cut(document, limit)) is None:
+                continue
             keys.add(document.key)
             drawn.append(encoded)
             yield encoded
@@ -219,11 +217,7 @@ class Shard:
 
 
 def _held_out_row(encoded: Encoded) -> dict[str, Any]:
-    document = encoded.document
-    row: dict[str, Any] = {"id": document.id, "file": document.file, "text": document.text}
-    if document.prompt is not None:
-        row["prompt"] = document.prompt
-    return row | {"num_tokens": len(encoded.tokens)}
+    return to_row(encoded.document) | {"num_tokens": len(encoded.tokens)}
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -7,64 +7,26 @@ so that repeated rows fall on the same side whatever their order.
 
 from __future__ import annotations
 
-import csv
+import dataclasses
 import glob
 import hashlib
-import json
 import random
-import string
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prosparse_core.data.documents import Document as Document
+from prosparse_core.data.documents import shuffled as shuffled
+from prosparse_core.data.documents import split_of as split_of
+from prosparse_core.data.documents import stable_hash as stable_hash
+from prosparse_core.data.readers import READERS, read_text
+from prosparse_core.data.rendering import Renderer
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.recipe import Source
 
-HELD_OUT_PCT = 8
-"""Percent of the files that go to each of the two held-out splits."""
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 ROW_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 SHUFFLE_BUFFER = 4096
-SHORT_CHARS = 100
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text, or (with a ``prompt``) an answer to it: then the loss is on the answer only."""
-
-    id: str
-    file: str
-    """What is held out as a whole: a file, a distribution, a row."""
-    text: str
-    prompt: str | None = None
-
-    @property
-    def key(self) -> bytes:
-        """Equal for documents that are the same but for white space. Short answers count only with their prompt."""
-        text = " ".join(self.text.split())
-        if self.prompt is not None and len(text) < SHORT_CHARS:
-            text = " ".join(self.prompt.split()) + "\0" + text
-        return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
-
-
-def stable_hash(*parts: object) -> int:
-    """64 bits of the parts; the same in every process and on every machine."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
-
-
-def split_of(file: str) -> str:
-    """``train``, ``calibration`` or ``evaluation``: a property of the file's name alone, the same in every corpus."""
-    place = stable_hash("split", file) % 100
-    if place < HELD_OUT_PCT:
-        return "evaluation"
-    return "calibration" if place < 2 * HELD_OUT_PCT else "train"
-
-
-def shuffled(names: Iterable[str], seed: object) -> list[str]:
-    """The names in an order that depends on the seed and on nothing else."""
-    return sorted(names, key=lambda name: (stable_hash(seed, name), name))
 
 
 def documents(source: Source, *, seed: int) -> Iterator[Document]:
@@ -111,7 +73,7 @@ def check_source(source: Source) -> None:
         BadInput: see :func:`documents`.
     """
     if source.kind == "hub":
-        _Renderer(source)
+        Renderer(source)
     elif source.kind == "files" and next(_from_files(source, seed=0), None) is None:
         raise BadInput(f"source {source.name!r} has no text", hint="check its path and columns")
 
@@ -142,7 +104,7 @@ def _find_files(source: Source) -> dict[str, Path]:
 
 def _from_files(source: Source, seed: int) -> Iterator[Document]:
     files = _find_files(source)
-    render = _Renderer(source)
+    render = Renderer(source)
     order = shuffled(files, seed)
     rows = [name for name in order if files[name].suffix.lower() in ROW_SUFFIXES]
     for name in order:
@@ -152,15 +114,15 @@ def _from_files(source: Source, seed: int) -> Iterator[Document]:
     yield from _buffered_shuffle(found, seed)
 
 
-def _read_file(name: str, path: Path, source: Source, render: _Renderer) -> Iterator[tuple[int, Document]]:
+def _read_file(name: str, path: Path, source: Source, render: Renderer) -> Iterator[tuple[int, Document]]:
     """The documents of one file, each with the number of its row; a text is one row."""
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        document = render({"text": _read_text(path, source), "file": name}, id=name, file=name)
+        document = render({"text": read_text(path, source), "file": name}, id=name, file=name)
         if document is not None:
             yield 1, document
         return
-    for number, row in enumerate(_READERS[suffix](path, source), start=1):
+    for number, row in enumerate(READERS[suffix](path, source), start=1):
         document = render(row, id=f"{name}:{number}")
         if document is not None:
             yield number, document
@@ -173,7 +135,7 @@ def read_files(source: Source, seed: object, after: Sequence[Any] | None) -> Ite
         after: begin with the document after this place; None: with the first.
     """
     files = _find_files(source)
-    render = _Renderer(source)
+    render = Renderer(source)
     order = shuffled(files, seed)
     if after is not None and after[0] not in files:
         raise BadInput(f"source {source.name!r}: the file {after[0]!r}, where the stream stood, is no longer there")
@@ -196,8 +158,8 @@ def open_hub_rows(source: Source, state: dict[str, Any] | None) -> tuple[Any, It
     return stream, _render_hub(source, render, stream)
 
 
-def _hub_rows(source: Source) -> tuple[_Renderer, Any]:
-    render = _Renderer(source)
+def _hub_rows(source: Source) -> tuple[Renderer, Any]:
+    render = Renderer(source)
     stream = _open_hub(source)
     if stream.column_names:
         render.check(stream.column_names, where=f"{source.path}, split {source.split}")
@@ -205,11 +167,11 @@ def _hub_rows(source: Source) -> tuple[_Renderer, Any]:
     return render, stream
 
 
-def _render_hub(source: Source, render: _Renderer, rows: Iterable[dict[str, Any]]) -> Iterator[Document]:
-    for row in rows:
-        document = render(row, id=f"{source.path}:{source.split}")
+def _render_hub(source: Source, render: Renderer, rows: Iterable[dict[str, Any]]) -> Iterator[Document]:
+    for number, row in enumerate(rows, start=1):
+        document = render(row, id=f"{source.path}, split {source.split}, row {number} as read")
         if document is not None:
-            yield Document(f"{document.id}:{document.file[4:]}", document.file, document.text, document.prompt)
+            yield dataclasses.replace(document, id=f"{source.path}:{source.split}:{document.file[4:]}")
 
 
 def _open_hub(source: Source) -> Any:
@@ -228,65 +190,6 @@ def _open_hub(source: Source) -> Any:
         ) from error
 
 
-class _Renderer:
-    """Turns a row into a document by the source's column or templates."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._fields = {
-            key: self._parse(key, template)
-            for key in ("template", "prompt", "answer")
-            if (template := getattr(source, key)) is not None
-        }
-        named = [name for names in self._fields.values() for name in names]
-        self.columns: list[str] = sorted(set(named)) if self._fields else [source.column]
-
-    def _parse(self, key: str, template: str) -> list[str]:
-        where = f"source {self._source.name!r}: {key}={template!r}"
-        try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        except ValueError as error:
-            raise BadInput(f"{where}: {error}", hint="write a literal brace twice: {{ or }}") from error
-        if not fields or not all(field.isidentifier() for field in fields):
-            raise BadInput(f"{where}: needs columns in braces, such as {{text}}", hint="only plain names are allowed")
-        return fields
-
-    def check(self, columns: Sequence[str], *, where: str) -> None:
-        missing = [name for name in self.columns if name not in columns]
-        if missing:
-            raise BadInput(
-                f"source {self._source.name!r}: {where} has no column {', '.join(map(repr, missing))}",
-                hint=f"its columns are: {', '.join(sorted(columns))}; set column, template, or prompt and answer",
-            )
-
-    def __call__(self, row: dict[str, Any], *, id: str, file: str | None = None) -> Document | None:
-        """None for a row without text in a column it needs."""
-        self.check(list(row), where=id)
-        values = {name: self._text(row[name], name, id) for name in self.columns}
-        if not all(values.values()):
-            return None
-        source = self._source
-        prompt = source.prompt.format(**values).strip() if source.prompt is not None else None
-        if source.answer is not None:
-            text = source.answer.format(**values).strip()
-        else:
-            text = source.template.format(**values) if source.template is not None else values[source.column]
-        if file is None:
-            # The same question with two answers is one unit: its prompt must not be on both sides.
-            unit = " ".join((prompt if prompt is not None else text).split())
-            file = f"row:{stable_hash(unit):016x}"
-        return Document(id, file, text, prompt)
-
-    def _text(self, value: object, name: str, where: str) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, str):
-            return value if value.strip() else ""
-        if isinstance(value, bool | int | float):
-            return str(value)
-        raise BadInput(f"source {self._source.name!r}: {where}: column {name!r} holds {type(value).__name__}, not text")
-
-
 def _buffered_shuffle(items: Iterable[Document], seed: int) -> Iterator[Document]:
     rng, buffer = random.Random(f"rows {seed}"), []
     for item in items:
@@ -297,71 +200,3 @@ def _buffered_shuffle(items: Iterable[Document], seed: int) -> Iterator[Document
             yield buffer.pop()
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _read_text(path: Path, source: Source) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        hint = "convert the file, or leave it out"
-        raise BadInput(f"source {source.name!r}: {path} is not UTF-8: {error}", hint=hint) from error
-
-
-def _read_jsonl(path: Path, source: Source) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if line.strip():
-                yield _object(_json(line, f"{path}:{number}", source), f"{path}:{number}", source)
-
-
-def _read_json(path: Path, source: Source) -> Iterator[dict[str, Any]]:
-    content = _json(path.read_bytes(), str(path), source)
-    if not isinstance(content, list):
-        raise BadInput(f"source {source.name!r}: {path} is not a list of objects", hint="one object a line is .jsonl")
-    for number, row in enumerate(content, start=1):
-        yield _object(row, f"{path}:{number}", source)
-
-
-def _json(text: bytes, where: str, source: Source) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:  # also what a wrong encoding raises
-        raise BadInput(f"source {source.name!r}: {where}: not valid JSON: {error}") from error
-
-
-def _object(row: Any, where: str, source: Source) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise BadInput(f"source {source.name!r}: {where}: expected an object, this is {type(row).__name__}")
-    return row
-
-
-def _read_csv(path: Path, source: Source) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            for row in csv.DictReader(handle):
-                yield {str(name): value for name, value in row.items() if name is not None}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise BadInput(f"source {source.name!r}: {path}: not a UTF-8 CSV file: {error}") from error
-
-
-def _read_parquet(path: Path, source: Source) -> Iterator[dict[str, Any]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise BadInput(f"source {source.name!r}: {path}: not a parquet file: {error}") from error
-    with table:
-        render = _Renderer(source)
-        render.check(table.schema_arrow.names, where=str(path))
-        for batch in table.iter_batches(batch_size=1024, columns=render.columns):
-            yield from batch.to_pylist()
-
-
-_READERS: dict[str, Callable[[Path, Source], Iterator[dict[str, Any]]]] = {
-    ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-}

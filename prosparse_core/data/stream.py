@@ -103,7 +103,7 @@ class Maker:
         """One shard and its state; the shard itself is left out when it ends before window ``needed``."""
         stream = DocumentStream(self._source, self._about["seed"], position)
         seq_len, wanted = self._about["seq_len"], self._about["windows_per_shard"]
-        with_mask = self._source.prompt is not None
+        with_mask = self._source.is_chat
         pack = pack_whole if with_mask else pack_texts
         name = f".{shard_name(self.name, number)}.{os.getpid()}"
         max_chars = min(BATCH_CHARS, wanted * seq_len)  # no batch much larger than the shard it goes to

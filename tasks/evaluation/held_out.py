@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prosparse_core.data.documents import ASSISTANT, SYSTEM, USER, from_row
 from prosparse_core.errors import BadInput
 
 EVALUATION = "evaluation"
@@ -56,7 +57,7 @@ class HeldOut:
 
     def sizes(self, limit: int | None) -> list[int]:
         """Characters to be read per task, corpora first: how long each takes, roughly."""
-        sizes = [sum(len(r["text"]) + len(r["prompt"] or "") for r in rows[:limit]) for rows in self.corpora.values()]
+        sizes = [sum(from_row(row).num_chars for row in rows[:limit]) for rows in self.corpora.values()]
         if self.choices:
             chosen = self.choices[:limit]
             sizes.append(sum(len(r["question"]) * len(r["choices"]) + sum(map(len, r["choices"])) for r in chosen))
@@ -126,7 +127,17 @@ def _document(row: Any) -> dict[str, Any]:
         raise ValueError(f"text must be a string that is not empty, not {text!r}")
     if not isinstance(prompt, str | None):
         raise ValueError(f"prompt must be a string, not {prompt!r}")
-    return {"id": str(row["id"]), "prompt": prompt, "text": text}
+    messages = {"messages": _messages(row["messages"])} if "messages" in row else {}
+    return {"id": str(row["id"]), "file": str(row.get("file", "")), "prompt": prompt, "text": text, **messages}
+
+
+def _messages(turns: Any) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"messages must be a list of turns, not {turns!r}")
+    for turn in turns:
+        if not isinstance(turn["content"], str) or turn["role"] not in (SYSTEM, USER, ASSISTANT):
+            raise ValueError(f"a turn has a role and a content that is a string, not {turn!r}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _question(row: Any) -> dict[str, Any]:
@@ -146,6 +157,7 @@ def corpus_task(
     """The perplexity of a corpus as an lm-eval task: rolling, or of the answers only where documents have a context.
 
     Args:
+        rows: with ``text``, and where that is only a part of what is read (the turns of the assistant), ``read``.
         contexts: per row what precedes its text without being scored; all None or none of them.
         num_scored: request -> number of tokens scored, as the harness's model fills it.
     """
@@ -154,7 +166,7 @@ def corpus_task(
 
     def process_results(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, tuple[float, int]]:
         loglikelihood = results[0][0] if is_conditional else results[0]
-        key = (doc["context"], doc["text"]) if is_conditional else (doc["text"],)
+        key = (doc["context"], doc["text"]) if is_conditional else (doc["read"],)
         counts = {
             "tokens": num_scored[key],
             "words": len(doc["text"].split()) or 1,
@@ -162,12 +174,15 @@ def corpus_task(
         }
         return {metric: (loglikelihood, counts[unit]) for metric, unit in DENOMINATORS.items()}
 
-    documents = [{"context": c or "", "text": row["text"]} for row, c in zip(rows, contexts, strict=True)]
+    documents = [
+        {"context": c or "", "text": row["text"], "read": row.get("read", row["text"])}
+        for row, c in zip(rows, contexts, strict=True)
+    ]
     return {
         **_common(name, documents),
         "output_type": "loglikelihood" if is_conditional else "loglikelihood_rolling",
         "doc_to_text": "context" if is_conditional else "",
-        "doc_to_target": "text",
+        "doc_to_target": "text" if is_conditional else "read",
         "process_results": process_results,
         "metric_list": [{"metric": m, "aggregation": _aggregation(m), "higher_is_better": False} for m in DENOMINATORS],
     }

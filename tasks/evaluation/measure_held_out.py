@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prosparse_core.data.documents import from_row
 from prosparse_core.data.packing import Encoder
 from prosparse_core.errors import BadInput
 from prosparse_core.precision import Precision
@@ -123,17 +124,19 @@ def _measure_corpus(
     about: str,
 ) -> Part:
     raw: dict[str, dict[str, Any]] = {}
+    rows, labels = _conversations(corpus, rows, encoder, scorer.prefix_token_id)
     contexts = _contexts(corpus, rows, encoder)
     with SparsityMeter(model) as meter:
-        scorer.meter, scorer.ends_prompt_as_written = meter, True
+        scorer.meter, scorer.ends_prompt_as_written, scorer.labels = meter, True, labels
         results = run_task(scorer, load_task(corpus_task(corpus, rows, contexts, scorer.num_scored)), limit, raw)
-        scorer.meter, scorer.ends_prompt_as_written = None, False
+        scorer.meter, scorer.ends_prompt_as_written, scorer.labels = None, False, {}
         samples = results["samples"][corpus]
         if not any(sample["token_perplexity"][1] for sample in samples):
             raise BadInput(f"corpus {corpus!r}: the tokenizer makes not one token of its documents")
         layers = tuple(meter.layers())
     note = f"stderr by the delta method over {len(samples)} documents; {about}"
     note += "; loss on the answers only" if contexts[0] is not None else ""
+    note += "; loss on the assistant's turns only" if labels else ""
     scores = corpus_scores(corpus, samples, partial=len(samples) < len(rows), note=note)
     return Part(tuple(scores), raw, layers)
 
@@ -143,6 +146,25 @@ def _measure_choices(scorer: Any, choices: Sequence[dict[str, Any]], limit: int 
     results = run_task(scorer, load_task(choices_task(choices)), limit, raw)
     is_partial = len(results["samples"][CHOICES_TASK]) < len(choices)
     return Part(tuple(harness_scores(results, CHOICES_TASK, headline="acc", partial=is_partial, note=about)), raw)
+
+
+def _conversations(
+    corpus: str, rows: Sequence[dict[str, Any]], encoder: Encoder, prefix: int
+) -> tuple[Sequence[dict[str, Any]], dict[str, tuple[list[int], list[bool]]]]:
+    """The rows of a corpus of conversations with the text that is read of each (``read``); and by that text its tokens
+    after the prefix, with those of the assistant's turns marked, as in training.
+    """
+    documents = [from_row(row) for row in rows]
+    if all(document.turns is None for document in documents):
+        return rows, {}
+    if any(document.turns is None for document in documents):
+        raise BadInput(f"corpus {corpus!r} mixes conversations and other documents", hint="prepare the mixture again")
+    read = [encoder.written(document) for document in documents]
+    labels = {}
+    for text, encoded in zip(read, encoder.encode(documents), strict=True):
+        start = int(encoded.tokens[0] == prefix)
+        labels[text] = (encoded.tokens[start:].tolist(), encoded.mask[start:].astype(bool).tolist())
+    return [{**row, "read": text} for row, text in zip(rows, read, strict=True)], labels
 
 
 def _contexts(corpus: str, rows: Sequence[Mapping[str, Any]], encoder: Any) -> list[str | None]:

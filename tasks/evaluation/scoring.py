@@ -7,8 +7,9 @@ import copy
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import ProSparseError
@@ -68,10 +69,15 @@ class Window:
 
     inputs: list[int]
     targets: list[int]
+    labels: list[bool] | None = None
+    """Which targets count; None: all."""
 
 
-def windows(context: Sequence[int], continuation: Sequence[int], max_length: int) -> list[Window]:
-    """Score every token of ``continuation`` once, with at most ``max_length`` inputs a window.
+def windows(
+    context: Sequence[int], continuation: Sequence[int], max_length: int, labels: Sequence[bool] | None = None
+) -> list[Window]:
+    """Score every token of ``continuation`` (of which only those with a label count) once, with at most ``max_length``
+    inputs a window.
 
     With a context of one token these are the harness's own rolling windows. A context too long to leave room loses its
     beginning, so that at least half a window is scored.
@@ -81,7 +87,8 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_length: int
     start, found = len(context), []
     end = min(len(whole), max(max_length + 1, start + max_length // 2))
     while start < end:
-        found.append(Window(whole[max(0, end - 1 - max_length) : end - 1], whole[start:end]))
+        counted = None if labels is None else list(labels[start - len(context) : end - len(context)])
+        found.append(Window(whole[max(0, end - 1 - max_length) : end - 1], whole[start:end], counted))
         start, end = end, min(len(whole), end + max_length)
     return found
 
@@ -112,6 +119,8 @@ def score_windows(
             logits_CV = logits_TV[end - len(window.targets) : end]
             targets_C = torch.tensor(window.targets, device=device)
             picked_C, _ = log_likelihoods(logits_CV, targets_C)
+            if window.labels is not None:
+                picked_C = picked_C[torch.tensor(window.labels, device=device)]
             is_greedy = bool((logits_CV.argmax(1) == targets_C).all())
             scores.append((float(picked_C.double().sum()), is_greedy))
     return scores
@@ -130,6 +139,8 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
         meter: SparsityMeter | None = None
         ends_prompt_as_written = False
         """A prompt ends where its format says; else the harness's rule: its last white space belongs to the answer."""
+        labels: Mapping[str, tuple[Sequence[int], Sequence[bool]]] = MappingProxyType({})
+        """Of conversations: their tokens, and which of them the assistant says; only these are scored."""
         on_progress: Callable[[float], None] = staticmethod(lambda share: None)
 
         def __init__(self) -> None:
@@ -157,7 +168,10 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-            encoded = [(r.args, [self.prefix_token_id], self.tok_encode(r.args[0])) for r in requests]
+            encoded, head = [], [self.prefix_token_id]
+            for request in requests:
+                ids = self.labels[request.args[0]][0] if self.labels else self.tok_encode(request.args[0])
+                encoded.append((request.args, head, ids))
             return [loglikelihood for loglikelihood, _ in self._loglikelihood_tokens(encoded)]
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -167,9 +181,9 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             together = {i for members in shared.values() for i in members}
             pieces = [
                 (i, w)
-                for i, (_, c, k) in enumerate(requests)
+                for i, (r, c, k) in enumerate(requests)
                 if i not in together
-                for w in windows(c, k, self.max_length)
+                for w in windows(c, k, self.max_length, self.labels[r[0]][1] if self.labels else None)
             ]
             pieces.sort(key=lambda piece: -len(piece[1].inputs))
             done, all_inputs = 0, sum(map(len, shared)) + sum(len(w.inputs) for _, w in pieces)
@@ -189,7 +203,8 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
                     done += len(window.inputs)
                 self.on_progress(done / all_inputs)
             for request, _, continuation in requests:
-                self.num_scored[tuple(request)] = len(continuation)
+                counted = self.labels[request[0]][1] if self.labels else [True] * len(continuation)
+                self.num_scored[tuple(request)] = sum(counted)
             if not all(map(math.isfinite, totals)):
                 raise ProSparseError("the model's log-likelihoods are not finite: its logits hold nan or inf")
             return list(zip(totals, greedy, strict=True))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from prosparse_core import recipe as recipes
+from prosparse_core.data.sources import check_source
 from prosparse_core.errors import BadInput
 from prosparse_core.schedule import l1_lambda
 
@@ -38,6 +39,13 @@ def test_every_shipped_recipe_validates_under_its_own_name(name: str) -> None:
     loaded = recipes.load(name)
     assert loaded.name == name
     assert recipes.parse(yaml.safe_load(loaded.to_yaml())) == loaded
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_source_of_a_shipped_recipe_is_sound_without_a_network(name: str) -> None:
+    for source in recipes.load(name).data.sources:
+        check_source(source)
+        assert source.kind != "hub" or source.stream, "what is on the hub is too much for a disk"
 
 
 @pytest.mark.parametrize(("name", "steps"), PUBLISHED.items())

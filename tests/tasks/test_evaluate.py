@@ -97,6 +97,59 @@ def test_perplexity_and_sparsity_equal_plain_torch(tiny: tuple[Any, Any], found:
     assert 0.2 < found.sparsity[corpus] < 0.8, "ReLU of a random net"
 
 
+def test_only_the_turns_of_the_assistant_are_scored(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    """Token by token in plain torch, with the labels found by re-rendering each beginning of the conversation."""
+    model, tokenizer = tiny
+    said = [("user", "What is `x`?"), ("assistant", "x = 1"), ("user", "And y?"), ("assistant", "y = 2 * x\n" * 20)]
+    talks = [said, [("system", "Be brief."), *said[:2]], [("user", "Go on."), ("assistant", "No.")]]
+    rows = [
+        {
+            "id": str(i),
+            "file": "x",
+            "text": "\n".join(text.strip() for role, text in talk if role == "assistant"),
+            "messages": [{"role": role, "content": text.strip()} for role, text in talk],
+        }
+        for i, talk in enumerate(talks)
+    ]
+    folder = write_held_out(tmp_path, choices=False)
+    (folder / "evaluation" / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["corpora"].append({"name": "talk"})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    nats, num_tokens, num_inputs = 0.0, 0, 0
+    for row in rows:
+        turns = row["messages"]
+        labels, tokens = [], []
+        for i, turn in enumerate(turns):
+            before, after = (n and tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (i, i + 1))
+            before = before or ""
+            part = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+            head = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+            end = part.index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+            labels += [turn["role"] == "assistant" and len(head) <= k <= end for k in range(len(part))]
+            tokens += part
+        assert tokens == tokenizer(after, add_special_tokens=False)["input_ids"]
+        at = 1  # the first token is BOS: nothing before it
+        while at < len(tokens):
+            stop = min(len(tokens), at + CONTEXT)
+            ids = torch.tensor(tokens[max(0, stop - 1 - CONTEXT) : stop])
+            with torch.no_grad():
+                logits = model(input_ids=ids[None, :-1]).logits[0].double()[at - stop :]
+            loss = torch.nn.functional.cross_entropy(logits, ids[at - stop :], reduction="none")
+            nats += float(loss[torch.tensor(labels[at:stop])].sum())
+            num_inputs += len(ids) - 1
+            at = stop
+        num_tokens += sum(labels)
+    found = measure_loaded(model, tokenizer, folder, corpora=["talk"], precision="fp32", batch_size=2)
+    score = next(s for s in found.scores if s.metric == "token_perplexity")
+    assert score.n == num_tokens
+    assert score.value == pytest.approx(math.exp(nats / num_tokens), rel=1e-5)
+    assert "assistant's turns only" in str(score.note)
+    words = next(s for s in found.scores if s.metric == "word_perplexity")
+    assert words.n == sum(len(row["text"].split()) for row in rows)
+    assert found.layers["talk"][0].num_tokens == num_inputs
+
+
 def test_accuracy_equals_plain_torch(tiny: tuple[Any, Any], found: Evaluation) -> None:
     model, tokenizer = tiny
     right = right_norm = 0

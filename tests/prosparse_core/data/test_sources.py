@@ -12,17 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prosparse_core.data.sources import (
-    HELD_OUT_PCT,
-    SHUFFLE_BUFFER,
-    Document,
-    check_source,
-    documents,
-    shuffled,
-    source_identity,
-    split_of,
-    stable_hash,
-)
+from prosparse_core.data.documents import HELD_OUT_PCT, Document, shuffled, split_of, stable_hash
+from prosparse_core.data.sources import SHUFFLE_BUFFER, check_source, documents, source_identity
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.recipe import Source
 

@@ -145,9 +145,9 @@ def test_a_stream_holds_every_training_document_and_no_held_out_one(corpora: Pat
     rows = [json.loads(s) for p in sorted((corpora.parents[2] / "rows").iterdir()) for s in p.read_text().splitlines()]
     mixture = Mixture(corpora, SEED)
     held_out = {d.text for split in ("calibration", "evaluation") for d in mixture.held_out(split, "rows")}
-    from prosparse_core.data.sources import _Renderer
+    from prosparse_core.data.rendering import Renderer
 
-    render = _Renderer(Source(name="rows", kind="files", weight=1, path="x"))
+    render = Renderer(Source(name="rows", kind="files", weight=1, path="x"))
     trained = [r["text"] for r in rows if split_of(render(r, id="").file) == "train"]  # type: ignore[union-attr]
     assert not [t for t in held_out if t + "</s>" in text]
     missing = [t for t in trained if t + "</s>" not in text]
