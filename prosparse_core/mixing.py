@@ -8,6 +8,7 @@ Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
     calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .mask.npy)
     calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt? messages?, num_tokens}
     evaluation/CORPUS.jsonl           likewise, of other files
+    held_out.json                     {files, keys}: what no training window holds
     evaluation/choices.jsonl          {id, file, question, choices, answer}: made of held-out evaluation code
     streams.json, tokenizer/          of streamed corpora, instead of train/: what their shards are made from
 """
@@ -17,6 +18,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +28,17 @@ import numpy as np
 
 from prosparse_core.data import code_corpora
 from prosparse_core.data.documents import Document, from_row, stable_hash
+from prosparse_core.data.encoding import Encoders, num_processes
+from prosparse_core.data.held_out import HELD_OUT, RULE, HeldOut
 from prosparse_core.data.packing import Encoder
 from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
 from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
 from prosparse_core.data.stream_reader import Streams
+from prosparse_core.data.train_windows import PROGRESS, SHARD_TOKENS, TrainWindows, Written
 from prosparse_core.errors import BadInput
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.recipe import Data, Source
+from prosparse_core.store import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -43,12 +50,24 @@ CHOICES = "choices"
 
 
 def prepare(
-    data: Data, tokenizer: Any, folder: Path, *, seed: int, train_tokens: int, progress: Progress | None = None
+    data: Data,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    seed: int,
+    train_tokens: int,
+    processes: int | None = 1,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the mixture into ``folder`` and return its manifest.
+    """Write the mixture into ``folder``, going on from what an interrupted attempt left there; returns its manifest.
 
     The same data, tokenizer and seed give the same windows: ``train_tokens``, the tokens of the planned training, only
     tells the manifest how many epochs it makes over each corpus.
+
+    Args:
+        processes: that tokenize, to the same bits; None: the cores, where there is enough to do.
+        shard_tokens: how much is written between two places to go on from; part of what decides the windows.
 
     Raises:
         BadInput: a source cannot be read, or has too little text; a weight is too small to be seen.
@@ -61,30 +80,36 @@ def prepare(
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
 
-    held_out: set[bytes] = set()
-    for corpus in corpora:
-        held_out |= corpus.write_held_out(folder)
-    questions = code_corpora.choice_questions(data.choice_questions, seed=seed) if data.choice_questions else []
-    if questions:
-        write_jsonl(folder / "evaluation" / f"{CHOICES}.jsonl", (question.row for question in questions))
-        held_out |= {question.function.document.key for question in questions}
-
-    streams = {c.name: c.describe_stream(held_out) for c in corpora if c.source.stream and counts[c.name]}
+    held_out, about = hold_out(corpora, data, folder, seed=seed)
+    streams = {c.name: c.describe_stream() for c in corpora if c.source.stream and counts[c.name]}
     if streams:
         (folder / DESCRIPTION).write_text(json.dumps(streams, indent=1) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder / TOKENIZER)
+
     trained = [corpus for corpus in corpora if counts[corpus.name] and not corpus.source.stream]
+    written = {corpus.name: Written() for corpus in corpora}
     done, total = 0, sum(corpus.source.max_tokens for corpus in trained)
-    for corpus in trained:
-        for tokens in corpus.write_train(folder, held_out):
-            progress.update(done + tokens, total, corpus=corpus.name)
-        done += corpus.source.max_tokens
+    with Encoders(tokenizer, held_out, num_processes(processes, total)) as encoders:
+        for corpus in trained:
+            windows = TrainWindows(
+                corpus.name,
+                folder,
+                corpus.documents,
+                seq_len=data.seq_len,
+                max_tokens=corpus.source.max_tokens,
+                is_chat=corpus.is_instruction,
+                shard_tokens=shard_tokens,
+            )
+            for tokens in windows.write(encoders):
+                progress.update(done + tokens, total, corpus=corpus.name)
+            written[corpus.name] = windows.written
+            done += corpus.source.max_tokens
     progress.update(total, total)
 
     entries = []
     for corpus in corpora:
-        share = counts[corpus.name] / BLOCK
-        entries.append(corpus.describe(share, share * train_tokens) | {"samples_per_block": counts[corpus.name]})
+        share, train = counts[corpus.name] / BLOCK, written[corpus.name].describe(data.seq_len)
+        entries.append(corpus.describe(share, share * train_tokens, train) | {"samples_per_block": counts[corpus.name]})
         if entries[-1]["epochs"] > 1:
             progress.note(f"{corpus.name}: training goes {entries[-1]['epochs']:.1f} times over its text")
     manifest = {
@@ -92,11 +117,49 @@ def prepare(
         "seed": seed,
         "train_tokens": train_tokens,
         "tokenizer": encoder.description,
-        "choice_questions": len(questions),
+        **about,
         "corpora": entries,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     return manifest
+
+
+def hold_out(corpora: Sequence[Corpus], data: Data, folder: Path, *, seed: int) -> tuple[HeldOut, dict[str, Any]]:
+    """Draw what is held out of all corpora, and write it, unless an earlier attempt has; and what to say of it."""
+    record = folder / PROGRESS / HELD_OUT
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        for corpus in corpora:
+            corpus.splits = found["splits"][corpus.name]
+        return HeldOut.from_plain(json.loads((folder / HELD_OUT).read_text(encoding="utf-8"))), found["about"]
+    held_out = HeldOut()
+    for corpus in corpora:
+        corpus.write_held_out(folder, held_out)
+    questions: list[code_corpora.Question] = []
+    if data.choice_questions:
+        drawn = held_out.files["evaluation"]
+        questions, files = code_corpora.choice_questions(data.choice_questions, seed=seed, drawn=drawn)
+        write_jsonl(folder / "evaluation" / f"{CHOICES}.jsonl", (question.row for question in questions))
+        for question in questions:
+            held_out.add(question.function.document)
+        for file in files:
+            held_out.add_file(file)
+    splits = {corpus.name: corpus.splits for corpus in corpora}
+    counted = [entry for found in splits.values() for entry in found.values()]
+    about = {
+        "choice_questions": len(questions),
+        "held_out": {
+            "rule": RULE,
+            "documents": sum(entry["documents"] for entry in counted),
+            "tokens": sum(entry["tokens"] for entry in counted),
+            "files": {split: len(files) for split, files in held_out.files.items()},
+        },
+    }
+    write_json(folder / HELD_OUT, held_out.to_plain())
+    record.parent.mkdir(exist_ok=True)
+    write_json(record, {"splits": splits, "about": about})
+    return held_out, about
 
 
 def block_counts(sources: list[Source]) -> dict[str, int]:
@@ -178,11 +241,20 @@ class Mixture:
     Args:
         work: where the shards of streamed corpora may lie while batches are taken, in rising steps; then :meth:`close`.
         prepares: whether this process has the shards prepared; of several that read the same ``work``, one does.
+        processes: that tokenize them; None: the cores, where there is enough to do.
     """
 
-    def __init__(self, folder: Path, seed: int, work: Path | None = None, *, prepares: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        work: Path | None = None,
+        *,
+        prepares: bool = True,
+        processes: int | None = None,
+    ) -> None:
         self._folder, self._seed = Path(folder), seed
-        self._streams = Streams(self._folder, work, prepares=prepares) if work is not None else None
+        self._streams = Streams(self._folder, work, prepares=prepares, processes=processes) if work else None
         self.manifest: dict[str, Any] = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
         self.seq_len: int = self.manifest["seq_len"]
         self._counts: list[int] = [entry["samples_per_block"] for entry in self.manifest["corpora"]]

@@ -15,6 +15,9 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
     """CPU threads of a process; default: the machine's cores, shared among its training processes."""
+    data_processes: int | None = Field(default=None, gt=0)
+    """Processes that tokenize the mixture, or, beside training, what it streams; default: the machine's cores, at most
+    16, and none that has less than 4 M tokens to do. 1: the flow tokenizes itself."""
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
     checkpoint_every_minutes: float = Field(default=5.0, gt=0)
     processes: int | None = Field(default=None, gt=0)

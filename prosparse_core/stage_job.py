@@ -116,7 +116,9 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
         compile_layers(model)
     if job.runtime.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    with contextlib.closing(Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first)) as mixture:
+    tokenizing = job.runtime.data_processes
+    corpora = Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first, processes=tokenizing)
+    with contextlib.closing(corpora) as mixture:
         train_stage(
             model,
             optimizer,

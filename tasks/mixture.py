@@ -6,7 +6,7 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
@@ -40,6 +40,7 @@ def _build(work: Work, run: Run, dense: Artifact) -> None:
         work.folder,
         seed=recipe.seed,
         train_tokens=recipe.train.total_tokens,
+        processes=recipe.runtime.data_processes,
         progress=work.progress,
     )
     work.meta.update(manifest)

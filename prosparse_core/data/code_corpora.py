@@ -11,12 +11,12 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prosparse_core.data.sources import Document, shuffled, split_of, stable_hash
+from prosparse_core.data.documents import Document, shuffled, split_of, stable_hash
 from prosparse_core.errors import BadInput, EnvironmentProblem
 
 PACKAGE = "prosparse"
@@ -258,10 +258,9 @@ def code_instructions(seed: int) -> Iterator[Document]:
     return _in_order((function.document for function in _stdlib_functions()), seed)
 
 
-def _stdlib_functions(split: str | None = None) -> Iterator[Function]:
+def _stdlib_functions() -> Iterator[Function]:
     for name in stdlib_files():
-        if split in (None, split_of(name)):
-            yield from _functions_in(name)
+        yield from _functions_in(name)
 
 
 @functools.cache
@@ -291,22 +290,34 @@ class Question:
 
 
 NUM_CHOICES = 4
+POOL_PER_QUESTION = 8
+"""Functions that questions and wrong answers are taken from, where there are so many: enough of similar length."""
 _CHOICE_CHARS = range(40, 601)
 
 
-def choice_questions(num_questions: int, *, seed: int) -> list[Question]:
-    """Multiple choice from held-out evaluation files: the wrong bodies are those of functions of similar length.
+def choice_questions(num_questions: int, *, seed: int, drawn: Container[str] = ()) -> tuple[list[Question], list[str]]:
+    """Multiple choice from evaluation files: the wrong bodies are those of functions of similar length.
 
     The right answers are spread evenly over the positions.
 
+    Args:
+        drawn: files that are held out already; others are taken only when these have too few functions.
+
+    Returns:
+        The questions, and the files that they need held out.
+
     Raises:
-        BadInput: the held-out files have too few suitable functions.
+        BadInput: the files that may be held out have too few suitable functions.
     """
     pool: dict[str, Function] = {}
-    for function in _stdlib_functions("evaluation"):
-        short = len(function.header) + len(function.docstring_source) <= 1500
-        if short and len(function.body) in _CHOICE_CHARS:
-            pool.setdefault(function.body, function)
+    names = [name for name in shuffled(stdlib_files(), "choices") if split_of(name) == "evaluation"]
+    for name in sorted(names, key=lambda name: name not in drawn):
+        if len(pool) >= max(POOL_PER_QUESTION * num_questions, 4 * NUM_CHOICES):
+            break
+        for function in _functions_in(name):
+            short = len(function.header) + len(function.docstring_source) <= 1500
+            if short and len(function.body) in _CHOICE_CHARS:
+                pool.setdefault(function.body, function)
     if len(pool) < max(num_questions, 4 * NUM_CHOICES):
         raise BadInput(
             f"data.choice_questions={num_questions}, but held-out code has {len(pool)} suitable functions",
@@ -321,7 +332,7 @@ def choice_questions(num_questions: int, *, seed: int) -> list[Question]:
         bodies = shuffled(near, stable_hash("wrong", seed, body))[: NUM_CHOICES - 1]
         bodies.insert(number % NUM_CHOICES, body)
         questions.append(Question(pool[body], bodies, number % NUM_CHOICES))
-    return questions
+    return questions, sorted({pool[body].file for question in questions for body in question.bodies})
 
 
 BUILTIN: dict[str, Builtin] = {

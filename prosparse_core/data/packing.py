@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from prosparse_core.data.chat import ChatFormat, Said
 from prosparse_core.data.documents import ASSISTANT, USER, Document, conversation
-from prosparse_core.errors import BadInput
+from prosparse_core.errors import BadInput, ProSparseError
 
 LOOKAHEAD = 64
 
@@ -85,16 +86,6 @@ class Encoder:
         found = {id(d): e for d, e in zip(texts, self._encode_texts(texts), strict=True)}
         found.update({id(d): e for d, e in zip(chats, self._encode_chats(chats), strict=True)})
         return [found[id(d)] for d in documents]
-
-    def encode_in_batches(self, documents: Iterable[Document], max_chars: int = 400_000) -> Iterator[Encoded]:
-        """Lazily, in batches large enough for a fast tokenizer and small enough to stop early."""
-        batch: list[Document] = []
-        for document in documents:
-            batch.append(document)
-            if len(batch) >= 64 or sum(d.num_chars for d in batch) >= max_chars:
-                yield from self.encode(batch)
-                batch = []
-        yield from self.encode(batch)
 
     def cut(self, document: Document, max_tokens: int) -> Encoded:
         """The document, shortened at a line end so that it has at most ``max_tokens`` tokens. For texts only."""
@@ -243,16 +234,34 @@ def pack_whole(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
 
 
 class RowWriter:
-    """Writes a ``.npy`` file of shape [rows, columns] row by row, without knowing how many there will be."""
+    """Writes a ``.npy`` file of shape [rows, columns] row by row, without knowing how many there will be.
 
-    def __init__(self, path: Path, columns: int, dtype: type[np.generic]) -> None:
+    Args:
+        num_rows: keep so many that are there and go on after them; what follows these is cut off.
+
+    Raises:
+        ProSparseError: there are fewer.
+    """
+
+    def __init__(self, path: Path, columns: int, dtype: type[np.generic], num_rows: int = 0) -> None:
         self._path, self._columns, self._dtype = path, columns, np.dtype(dtype)
-        self.num_rows = 0
+        self.num_rows = num_rows
 
     def __enter__(self) -> RowWriter:
-        self._handle: IO[bytes] = self._path.open("wb")
+        self._handle: IO[bytes] = self._path.open("r+b" if self.num_rows else "wb")
         self._data_at = self._write_header()
+        end = self._data_at + self.num_rows * self._columns * self._dtype.itemsize
+        if self._handle.seek(0, os.SEEK_END) < end:
+            self._handle.close()
+            raise ProSparseError(f"{self._path} has fewer than {self.num_rows} rows", hint="delete its folder")
+        self._handle.truncate(end)
+        self._handle.seek(end)
         return self
+
+    def sync(self) -> None:
+        """All rows so far are on the disk."""
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
 
     def add(self, row: np.ndarray) -> None:
         assert row.shape == (self._columns,)

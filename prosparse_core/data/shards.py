@@ -1,4 +1,4 @@
-"""One corpus on its way to disk: held-out documents first, then the training windows."""
+"""One corpus on its way to disk: what of it is held out, before any training window is written."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from prosparse_core.data.documents import Document, split_of, to_row
+from prosparse_core.data.held_out import HELD_OUT_SPLITS, ORDER, HeldOut
 from prosparse_core.data.packing import Encoded, Encoder, RowWriter, Window, pack_texts, pack_whole
 from prosparse_core.data.sources import documents
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Data, Source
 
-SPLITS = ("train", "calibration", "evaluation")
+SPLITS = ("train", *HELD_OUT_SPLITS)
 MAX_HELD_OUT_TOKENS = 2000
 MIN_HELD_OUT_DOCUMENTS = 8
 """Held-out texts are cut (longer instructions left out) so that as many are seen, unless very few tokens are asked."""
@@ -57,72 +58,78 @@ class Corpus:
 
     def __init__(self, source: Source, encoder: Encoder, data: Data, seed: int) -> None:
         self.source, self.name, self._encoder, self._data, self._seed = source, source.name, encoder, data, seed
-        stream = documents(source, seed=seed)
-        first = next(stream, None)
+        first = next(self.documents(), None)
         if first is None:
             raise BadInput(f"source {source.name!r} has no text", hint="check its path and columns")
-        self._stream = itertools.chain([first], stream)
         self.is_instruction = first.chat is not None
         if self.is_instruction:
             encoder.chat_format()
-        self._waiting: list[Document] = []
-        self._tallies = {split: _Tally() for split in SPLITS}
-        self._num_duplicates = 0
+        self.splits: dict[str, dict[str, Any]] = {split: _Tally().describe() for split in HELD_OUT_SPLITS}
+        """Counts for the manifest."""
+
+    def documents(self) -> Iterator[Document]:
+        """From the first on, in the order of training."""
+        return documents(self.source, seed=self._seed)
 
     def _pack(self, encoded: Iterable[Encoded]) -> Iterator[Window]:
         return (pack_whole if self.is_instruction else pack_texts)(encoded, self._data.seq_len)
 
-    def write_held_out(self, folder: Path) -> set[bytes]:
-        """Draw until both held-out splits have their tokens; returns the keys of what training must not see."""
-        keys: set[bytes] = set()
-        self._write_calibration(folder / "calibration", keys)
-        self._write_evaluation(folder / "evaluation", keys)
-        return keys
+    def write_held_out(self, folder: Path, held_out: HeldOut) -> None:
+        """Draw until both held-out splits have their tokens, and add what is drawn to ``held_out``."""
+        self._candidates: list[Document] = []
+        self._reading, self._drawn = documents(self.source, seed=ORDER), set[bytes]()
+        self._write_calibration(folder / "calibration", held_out)
+        self._write_evaluation(folder / "evaluation", held_out)
+        self._candidates.clear()
 
-    def _write_calibration(self, folder: Path, keys: set[bytes]) -> None:
-        asked, seq_len, tally = self._data.calibration_tokens, self._data.seq_len, self._tallies["calibration"]
+    def _write_calibration(self, folder: Path, held_out: HeldOut) -> None:
+        asked, seq_len, tally = self._data.calibration_tokens, self._data.seq_len, _Tally()
         drawn: list[Encoded] = []
         used: set[Document] = set()
         num_windows = math.ceil(asked / seq_len)
         with Shard(folder, self.name, seq_len, self.is_instruction) as shard:
-            windows = self._pack(self._draw("calibration", asked, keys, drawn))
+            windows = self._pack(self._draw("calibration", asked, held_out, drawn))
             for window in itertools.islice(windows, num_windows):
                 shard.add(window)
                 tally.add_window(window)
                 used.update(window.starts)
         if tally.windows < num_windows:
             raise self._too_little("calibration", tally.tokens, asked)
-        self._write_documents(folder, "calibration", [item for item in drawn if item.document in used])
+        self._write_documents(folder, tally, [item for item in drawn if item.document in used])
+        self.splits["calibration"] = tally.describe()
 
-    def _write_evaluation(self, folder: Path, keys: set[bytes]) -> None:
-        asked, tally = self._data.evaluation_tokens, self._tallies["evaluation"]
+    def _write_evaluation(self, folder: Path, held_out: HeldOut) -> None:
+        asked, tally = self._data.evaluation_tokens, _Tally()
         drawn: list[Encoded] = []
-        for encoded in self._draw("evaluation", asked, keys, drawn):
+        for encoded in self._draw("evaluation", asked, held_out, drawn):
             tally.tokens += len(encoded.tokens)
             tally.labels += int(encoded.mask.sum())
             if tally.tokens >= asked:
                 break
         if tally.tokens < asked:
             raise self._too_little("evaluation", tally.tokens, asked)
-        self._write_documents(folder, "evaluation", drawn)
+        self._write_documents(folder, tally, drawn)
+        self.splits["evaluation"] = tally.describe()
 
-    def _draw(self, split: str, asked: int, keys: set[bytes], drawn: list[Encoded]) -> Iterator[Encoded]:
-        """The documents of a held-out split, each text once. What is read on the way waits for the other splits."""
+    def _draw(self, split: str, asked: int, held_out: HeldOut, drawn: list[Encoded]) -> Iterator[Encoded]:
+        """The documents of a held-out split, each text once. Those that may be drawn for the other wait for it."""
         limit = min(max(asked // MIN_HELD_OUT_DOCUMENTS, 512), MAX_HELD_OUT_TOKENS)
-        for document in itertools.chain(tuple(self._waiting), self._read()):
-            if split_of(document.file) != split or document.key in keys:
+        for document in itertools.chain(tuple(self._candidates), self._read()):
+            if split_of(document.file) != split or document.key in self._drawn:
                 continue
             cut = self._encoder.cut if document.chat is None else self._encoder.cut_chat
             if (encoded := cut(document, limit)) is None:
                 continue
-            keys.add(document.key)
+            self._drawn.add(document.key)
+            held_out.add(document)
             drawn.append(encoded)
             yield encoded
 
     def _read(self) -> Iterator[Document]:
-        for document in self._stream:
-            self._waiting.append(document)
-            yield document
+        for document in self._reading:
+            if split_of(document.file) in HELD_OUT_SPLITS:
+                self._candidates.append(document)
+                yield document
 
     def _too_little(self, split: str, have: int, asked: int) -> BadInput:
         return BadInput(
@@ -131,74 +138,42 @@ class Corpus:
             hint=f"lower data.{split}_tokens or add files (whole files are held out: one is not enough)",
         )
 
-    def _write_documents(self, folder: Path, split: str, found: list[Encoded]) -> None:
+    def _write_documents(self, folder: Path, tally: _Tally, found: list[Encoded]) -> None:
         write_jsonl(folder / f"{self.name}.jsonl", map(_held_out_row, found))
         for encoded in found:
-            self._tallies[split].add_document(encoded.document)
+            tally.add_document(encoded.document)
 
-    def write_train(self, folder: Path, held_out: set[bytes]) -> Iterator[int]:
-        """Write the training windows, telling after each how many tokens there are."""
-        tally, seq_len = self._tallies["train"], self._data.seq_len
-        num_windows = self.source.max_tokens // seq_len
-        with Shard(folder / "train", self.name, seq_len, self.is_instruction) as shard:
-            encoded = self._encoder.encode_in_batches(self._train_documents(held_out))
-            for window in itertools.islice(self._pack(encoded), num_windows):
-                shard.add(window)
-                tally.add_window(window)
-                for document in window.starts:
-                    tally.add_document(document)
-                yield tally.tokens
-        self._waiting.clear()
-        if not tally.windows:
-            raise BadInput(
-                f"corpus {self.name!r} has fewer training tokens than one window of seq_len={seq_len}"
-                f" (max_tokens={self.source.max_tokens})",
-                hint="add files, raise max_tokens or lower data.seq_len",
-            )
-
-    def _train_documents(self, held_out: set[bytes]) -> Iterator[Document]:
-        for document in itertools.chain(self._waiting, self._stream):
-            if split_of(document.file) == "train":
-                if document.key in held_out:
-                    self._num_duplicates += 1
-                else:
-                    yield document
-
-    def describe_stream(self, held_out: set[bytes]) -> dict[str, Any]:
+    def describe_stream(self) -> dict[str, Any]:
         """What the shards of a streamed corpus are made from; see :mod:`prosparse_core.data.stream`."""
-        self._waiting.clear()
         return {
             "source": self.source.model_dump(mode="json"),
             "seed": self._seed,
             "seq_len": self._data.seq_len,
             "windows_per_shard": self.source.max_tokens // self._data.stream_shards // self._data.seq_len,
             "max_shards": self._data.stream_shards,
-            "held_out": sorted(key.hex() for key in held_out),
         }
 
-    def describe(self, share: float, train_tokens: float) -> dict[str, Any]:
+    def describe(self, share: float, train_tokens: float, train: dict[str, Any]) -> dict[str, Any]:
         """The corpus in the manifest. ``epochs`` of ``train_tokens`` may exceed 1 where text is scarce."""
-        train = self._tallies["train"].tokens
-        splits = {split: tally.describe() for split, tally in self._tallies.items()}
-        splits["train"]["duplicates_of_held_out_removed"] = self._num_duplicates
         return {
             "name": self.name,
             "kind": self.source.kind,
             "instruction": self.is_instruction,
             "weight": self.source.weight,
             "share": share,
-            "epochs": train_tokens / train if train else 0.0,
+            "epochs": train_tokens / train["tokens"] if train["tokens"] else 0.0,
             **({"stream": True} if self.source.stream else {}),
-            **splits,
+            "train": train,
+            **self.splits,
         }
 
 
 class Shard:
     """The windows of one corpus in one split: tokens, and the label mask where not every token is one."""
 
-    def __init__(self, folder: Path, name: str, seq_len: int, with_mask: bool) -> None:
-        self._tokens = RowWriter(folder / f"{name}.tokens.npy", seq_len, np.int32)
-        self._mask = RowWriter(folder / f"{name}.mask.npy", seq_len, np.uint8) if with_mask else None
+    def __init__(self, folder: Path, name: str, seq_len: int, with_mask: bool, num_rows: int = 0) -> None:
+        self._tokens = RowWriter(folder / f"{name}.tokens.npy", seq_len, np.int32, num_rows)
+        self._mask = RowWriter(folder / f"{name}.mask.npy", seq_len, np.uint8, num_rows) if with_mask else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Shard:
@@ -211,6 +186,12 @@ class Shard:
         self._tokens.add(window.tokens)
         if self._mask is not None:
             self._mask.add(window.mask)
+
+    def sync(self) -> None:
+        """See :meth:`RowWriter.sync`."""
+        for writer in (self._tokens, self._mask):
+            if writer is not None:
+                writer.sync()
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)

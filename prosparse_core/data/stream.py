@@ -12,14 +12,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prosparse_core.data.packing import Encoded, Encoder, pack_texts, pack_whole
+from prosparse_core.data.documents import Document
+from prosparse_core.data.encoding import BATCH_CHARS, EncodedBatch, Encoders, batched, num_processes
+from prosparse_core.data.held_out import HELD_OUT, HeldOut
+from prosparse_core.data.packing import Encoded, pack_texts, pack_whole
 from prosparse_core.data.shards import Shard
-from prosparse_core.data.sources import Document, open_hub_rows, read_files, split_of
+from prosparse_core.data.sources import open_hub_rows, read_files
 from prosparse_core.distributed.lifeline import end_with_parent
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Source
@@ -27,9 +30,10 @@ from prosparse_core.store import write_json
 
 DESCRIPTION = "streams.json"
 TOKENIZER = "tokenizer"
-BATCH_DOCUMENTS, BATCH_CHARS = 64, 400_000
 POLL_S = 0.1
 FAILURE = "failure.json"
+NICENESS = 10
+"""Cores are for training first; when it waits for a shard, they are free."""
 
 
 @dataclass(frozen=True)
@@ -88,43 +92,46 @@ class Maker:
 
     Args:
         description: of the corpus, as :func:`describe` wrote it.
+        encoders: at work, with what is held out.
         index: folder of the states, which outlives the shards.
         scratch: folder of the shards.
     """
 
-    def __init__(self, description: dict[str, Any], tokenizer: Any, index: Path, scratch: Path) -> None:
+    def __init__(self, description: dict[str, Any], encoders: Encoders, index: Path, scratch: Path) -> None:
         self._source = Source.model_validate(description["source"])
-        self._about = description
-        self._held_out = {bytes.fromhex(key) for key in description["held_out"]}
-        self._encoder, self._index, self._scratch = Encoder(tokenizer), index, scratch
+        self._about, self._encoders = description, encoders
+        self._index, self._scratch = index, scratch
+        self._ahead: Generator[EncodedBatch] | None = None
+        self._at: dict[str, Any] | None = None
+        """Where the batch after the last one that was used begins; some after it may have been read."""
         self.name = self._source.name
 
     def make(self, number: int, start: int, position: dict[str, Any] | None, needed: int) -> ShardState:
         """One shard and its state; the shard itself is left out when it ends before window ``needed``."""
-        stream = DocumentStream(self._source, self._about["seed"], position)
         seq_len, wanted = self._about["seq_len"], self._about["windows_per_shard"]
         with_mask = self._source.is_chat
         pack = pack_whole if with_mask else pack_texts
         name = f".{shard_name(self.name, number)}.{os.getpid()}"
-        max_chars = min(BATCH_CHARS, wanted * seq_len)  # no batch much larger than the shard it goes to
+        ahead = self._open(position)
         count = 0
 
         def encoded() -> Iterator[Encoded]:
-            documents = iter(stream)
-            first_epoch = stream.position["epoch"]
             while count < wanted:
-                if count == 0 and stream.position["epoch"] > first_epoch + 1:
+                batch = next(ahead)
+                if count == 0 and batch.after["epoch"] > (position["epoch"] if position else 0) + 1:
                     raise BadInput(
                         f"source {self.name!r} has fewer training tokens than one window of seq_len={seq_len}",
                         hint="add files or lower data.seq_len",
                     )
-                yield from self._encoder.encode([d for d in _batch(documents, max_chars) if self._is_trained(d)])
+                self._at = batch.after
+                yield from batch.encoded
 
         with Shard(self._scratch, name, seq_len, with_mask) as shard:
             for window in pack(encoded(), seq_len):
                 shard.add(window)
                 count += 1
-        state = ShardState(number, start, count, position, stream.position)
+        assert self._at is not None
+        state = ShardState(number, start, count, position, self._at)
         write_json(self._index / f"{shard_name(self.name, number)}.json", asdict(state))
         for kind in ("mask", "tokens"):  # a reader looks for the tokens
             made = self._scratch / f"{name}.{kind}.npy"
@@ -135,18 +142,17 @@ class Maker:
                     made.unlink()
         return state
 
-    def _is_trained(self, document: Document) -> bool:
-        return split_of(document.file) == "train" and document.key not in self._held_out
-
-
-def _batch(documents: Iterator[Document], max_chars: int) -> list[Document]:
-    """As many as make one call of the tokenizer; a function of the documents alone."""
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) >= BATCH_DOCUMENTS or sum(len(d.text) for d in batch) >= max_chars:
-            break
-    return batch
+    def _open(self, position: dict[str, Any] | None) -> Generator[EncodedBatch]:
+        """The batches from a position on: those that were read ahead, if it is where the last shard ended."""
+        if self._ahead is None or position != self._at:
+            if self._ahead is not None:
+                self._ahead.close()
+            stream = DocumentStream(self._source, self._about["seed"], position)
+            # no batch much larger than the shard it goes to
+            max_chars = min(BATCH_CHARS, self._about["windows_per_shard"] * self._about["seq_len"])
+            self._ahead = self._encoders.run(batched(iter(stream), lambda _: stream.position, max_chars))
+            self._at = position
+        return self._ahead
 
 
 def shard_name(corpus: str, number: int) -> str:
@@ -164,13 +170,29 @@ def states(index: Path, corpus: str) -> list[ShardState]:
     raise AssertionError
 
 
-def prepare_ahead(mixture: Path, index: Path, scratch: Path, first: dict[str, int]) -> None:
-    """Keep shards ready from window ``first`` of each corpus on, as many as the description allows; endless."""
+def prepare_ahead(mixture: Path, index: Path, scratch: Path, first: dict[str, int], processes: int | None) -> None:
+    """Keep shards ready from window ``first`` of each corpus on, as many as the description allows; endless.
+
+    Args:
+        processes: that tokenize; None: the cores, where a shard is large enough.
+    """
     from prosparse_core.variants import load_tokenizer
 
     descriptions: dict[str, dict[str, Any]] = json.loads((mixture / DESCRIPTION).read_text(encoding="utf-8"))
-    tokenizer = load_tokenizer(mixture / TOKENIZER)
-    makers = {name: Maker(descriptions[name], tokenizer, index, scratch) for name in first}
+    shard_tokens = max(about["windows_per_shard"] * about["seq_len"] for about in descriptions.values())
+    held_out = HeldOut.from_plain(json.loads((mixture / HELD_OUT).read_text(encoding="utf-8")))
+    with Encoders(load_tokenizer(mixture / TOKENIZER), held_out, num_processes(processes, shard_tokens)) as encoders:
+        makers = {name: Maker(descriptions[name], encoders, index, scratch) for name in first}
+        _keep_ready(makers, descriptions, index, scratch, first)
+
+
+def _keep_ready(
+    makers: dict[str, Maker],
+    descriptions: dict[str, dict[str, Any]],
+    index: Path,
+    scratch: Path,
+    first: dict[str, int],
+) -> None:
     following = {name: _before(states(index, name), window) for name, window in first.items()}
     while True:
         idle = True
@@ -200,10 +222,11 @@ def _before(known: list[ShardState], window: int) -> tuple[int, int, dict[str, A
 
 def main(arguments: list[str]) -> int:
     """The preparing process; what goes wrong is left in the scratch folder for the reader."""
-    parent, mixture, index, scratch, first = arguments
+    parent, mixture, index, scratch, first, processes = arguments
     end_with_parent(int(parent))
+    os.nice(NICENESS)
     try:
-        prepare_ahead(Path(mixture), Path(index), Path(scratch), json.loads(first))
+        prepare_ahead(Path(mixture), Path(index), Path(scratch), json.loads(first), json.loads(processes))
     except BaseException as error:
         from prosparse_core.distributed.trainer import failure
 

@@ -27,9 +27,11 @@ class Streams:
         mixture: the artifact's folder. What is known of shards is kept beside the artifacts, for later stages and runs.
         work: where shards lie while they are needed.
         prepares: whether this process has them prepared (and removed); the others only read.
+        processes: that tokenize then; None: the cores, where a shard is large enough.
     """
 
-    def __init__(self, mixture: Path, work: Path, *, prepares: bool) -> None:
+    def __init__(self, mixture: Path, work: Path, *, prepares: bool, processes: int | None = None) -> None:
+        self._processes = processes
         self._mixture, self._scratch, self._prepares = mixture.resolve(), (work / "stream").resolve(), prepares
         self._index = self._mixture.parents[1] / ".streams" / self._mixture.name
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,7 +60,8 @@ class Streams:
     def _start(self, first: dict[str, int]) -> None:
         (self._scratch / FAILURE).unlink(missing_ok=True)
         root = str(Path(__file__).resolve().parents[2])
-        arguments = [str(os.getpid()), str(self._mixture), str(self._index), str(self._scratch), json.dumps(first)]
+        arguments = [str(os.getpid()), str(self._mixture), str(self._index), str(self._scratch)]
+        arguments += [json.dumps(first), json.dumps(self._processes)]
         with open(self._scratch / "prepare.log", "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prosparse_core.data.stream", *arguments],

@@ -67,6 +67,7 @@ def test_the_folder_has_what_the_layout_says(prepared: Path) -> None:
     text, chat = ("python-code", "package-docs"), "code-instructions"
     assert {p.relative_to(prepared).as_posix() for p in prepared.rglob("*") if p.is_file()} == {
         "manifest.json",
+        "held_out.json",
         "evaluation/choices.jsonl",
         *(f"train/{name}.tokens.npy" for name in (*text, chat)),
         f"train/{chat}.mask.npy",

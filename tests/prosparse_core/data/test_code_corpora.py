@@ -288,7 +288,8 @@ def test_our_own_closure_has_what_we_need_and_not_ourselves() -> None:
 
 
 def test_choice_questions_ask_for_the_body() -> None:
-    questions = choice_questions(30, seed=3)
+    questions, files = choice_questions(30, seed=3)
+    assert {q.function.file for q in questions} <= set(files)
     assert len(questions) == 30
     assert len({q.function.document.id for q in questions}) == 30
     for question in questions:
@@ -303,11 +304,22 @@ def test_choice_questions_ask_for_the_body() -> None:
 
 
 def test_right_answers_are_spread_evenly_and_the_seed_decides() -> None:
-    answers = [q.answer for q in choice_questions(40, seed=0)]
+    answers = [q.answer for q in choice_questions(40, seed=0)[0]]
     assert [answers.count(place) for place in range(NUM_CHOICES)] == [10] * NUM_CHOICES
-    rows = [q.row for q in choice_questions(20, seed=0)]
-    assert rows == [q.row for q in choice_questions(20, seed=0)]
-    assert rows != [q.row for q in choice_questions(20, seed=1)]
+    rows = [q.row for q in choice_questions(20, seed=0)[0]]
+    assert rows == [q.row for q in choice_questions(20, seed=0)[0]]
+    assert rows != [q.row for q in choice_questions(20, seed=1)[0]]
+
+
+def test_questions_take_no_more_files_than_they_need() -> None:
+    questions, files = choice_questions(10, seed=0)
+    candidates = [name for name in stdlib_files() if split_of(name) == "evaluation"]
+    assert set(files) < set(candidates)
+    found = (f for name in files for f in functions(name, stdlib_files()[name].read_text(encoding="utf-8")))
+    bodies = {function.body: function.file for function in found}
+    assert {bodies[body] for question in questions for body in question.bodies} <= set(files)
+    large = "unittest/case.py"  # with functions enough
+    assert choice_questions(3, seed=0, drawn={large})[1] == [large]
 
 
 def test_too_many_questions_are_refused() -> None:

@@ -48,26 +48,72 @@ def test_every_tokenizer_that_can_separate_documents_works(tmp_path: Path, optio
 def test_a_training_text_that_is_also_held_out_is_removed(tmp_path: Path) -> None:
     folder = notes(tmp_path / "notes")
     names = sorted(path.name for path in folder.iterdir())
-    held = next(name for name in names if split_of(name) == "evaluation")
+    first = prepare(data_of(files("notes", folder)), tiny_tokenizer(), tmp_path / "first", seed=0, train_tokens=1000)
+    held = Mixture(tmp_path / "first", 0).held_out("evaluation", "notes")[0].file
     trained = [name for name in names if split_of(name) == "train"][:2]
     text = (folder / held).read_text(encoding="utf-8")
     for name in trained:
         (folder / name).write_text(f"  {text}\n", encoding="utf-8")
-    # in another corpus too
+    # in another corpus too, under a name of its own
     other = tmp_path / "other"
-    notes(other)
-    (other / "note000.txt").write_text(text, encoding="utf-8")
-    data = data_of(files("notes", folder), files("other", other), evaluation_tokens=1000)
-    held_out_twice = [name for name in names if split_of(name) != "train"]
+    other.mkdir()
+    for name in names:
+        (other / name).write_text((folder / name).read_text(encoding="utf-8").upper(), encoding="utf-8")
+    (other / "a-copy.txt").write_text(text, encoding="utf-8")
+    assert split_of("a-copy.txt") == "train"
+    manifest = prepare(
+        data_of(files("notes", folder), files("other", other)),
+        tiny_tokenizer(),
+        tmp_path / "out",
+        seed=0,
+        train_tokens=1,
+    )
+    train = [entry["train"] for entry in manifest["corpora"]]
+    assert first["corpora"][0]["train"]["duplicates_of_held_out_removed"] == 0
+    assert train[0]["duplicates_of_held_out_removed"] == 2
+    assert train[1]["duplicates_of_held_out_removed"] == 1 + 2  # of what it holds out itself, too
+    for corpus in ("notes", "other"):
+        tokens = np.load(tmp_path / "out" / "train" / f"{corpus}.tokens.npy")
+        assert text.strip() not in tiny_tokenizer().decode(tokens.ravel())
+
+
+def test_as_many_files_are_held_out_as_their_tokens_need_and_all_others_are_trained_on(tmp_path: Path) -> None:
+    """A quarter of the text of before: 16 % of 600 files were held out whatever was asked."""
+    folder = notes(tmp_path / "notes", 600)
+    data = data_of(files("notes", folder, max_tokens=10_000_000), calibration_tokens=512, evaluation_tokens=1024)
     manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1000)
-    removed = [entry["train"]["duplicates_of_held_out_removed"] for entry in manifest["corpora"]]
-    evaluated = {d.file for d in Mixture(tmp_path / "out", 0).held_out("evaluation", "notes")}
-    assert held in evaluated
-    assert removed[0] == 2
-    assert removed[1] >= (split_of("note000.txt") == "train")
-    assert "note000.txt" not in held_out_twice or removed[1] == 0
-    tokens = np.load(tmp_path / "out" / "train" / "notes.tokens.npy")
-    assert text.strip() not in tiny_tokenizer().decode(tokens.ravel())
+    mixture = Mixture(tmp_path / "out", 0)
+    drawn = {split: {d.file for d in mixture.held_out(split, "notes")} for split in ("calibration", "evaluation")}
+    said = json.loads((tmp_path / "out" / "held_out.json").read_text())
+    assert {split: set(names) for split, names in said["files"].items()} == drawn
+    about, entry = manifest["held_out"], manifest["corpora"][0]
+    assert about["files"] == {split: len(names) for split, names in drawn.items()}
+    assert about["documents"] == sum(about["files"].values()) == entry["train"]["held_out_left_out"]
+    assert 512 + 1024 <= about["tokens"] == sum(entry[split]["tokens"] for split in drawn)
+    assert about["documents"] < 0.04 * 600, "not 16 %"
+    assert entry["train"]["documents"] == 600 - about["documents"]
+    other = prepare(data, tiny_tokenizer(), tmp_path / "other", seed=5, train_tokens=1000)
+    assert other["held_out"] == about
+    assert json.loads((tmp_path / "other" / "held_out.json").read_text()) == said, "every seed holds out the same"
+
+
+def test_a_file_that_one_corpus_holds_out_is_trained_on_in_none(tmp_path: Path) -> None:
+    """Two corpora of different texts of the same files, of which the second asks for the same tokens of fewer files."""
+    one, two = notes(tmp_path / "one", 300), tmp_path / "two"
+    two.mkdir()
+    for path in one.iterdir():
+        (two / path.name).write_text(path.read_text(encoding="utf-8").upper() * 3, encoding="utf-8")
+    data = data_of(files("one", one), files("two", two), calibration_tokens=512, evaluation_tokens=512)
+    manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1000)
+    names = json.loads((tmp_path / "out" / "held_out.json").read_text())["files"]
+    drawn = [name for found in names.values() for name in found]
+    assert len(drawn) == len(set(drawn))
+    for entry, folder in zip(manifest["corpora"], (one, two), strict=True):
+        tokens = np.load(tmp_path / "out" / "train" / f"{entry['name']}.tokens.npy").ravel()
+        text = tiny_tokenizer().decode(tokens)
+        assert entry["train"]["held_out_left_out"] == len(drawn)
+        for name in drawn:
+            assert (folder / name).read_text(encoding="utf-8").splitlines()[1] not in text
 
 
 def test_too_little_held_out_text(tmp_path: Path) -> None:
@@ -122,7 +168,7 @@ def test_max_tokens_is_a_limit_and_all_the_text_is_used_below_it(tmp_path: Path)
     everything = prepare(data_of(files("n", folder)), tiny_tokenizer(), tmp_path / "b", seed=0, train_tokens=1)
     assert few["corpora"][0]["train"]["windows"] == 700 // SEQ_LEN
     train = everything["corpora"][0]["train"]
-    assert train["documents"] == sum(split_of(p.name) == "train" for p in folder.iterdir())
+    assert train["documents"] == 60 - everything["held_out"]["documents"]
     encoder = Encoder(tiny_tokenizer())
     assert train["windows"] < 400_000 // SEQ_LEN
     assert len(encoder.prefix) == 0

@@ -15,7 +15,9 @@ import torch
 from tiny_corpora import SEED, SEQ_LEN, data_of, files, notes
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
-from prosparse_core.data.sources import split_of
+from prosparse_core.data.encoding import Encoders
+from prosparse_core.data.held_out import HELD_OUT, HeldOut
+from prosparse_core.data.rendering import Renderer
 from prosparse_core.data.stream import DESCRIPTION, DocumentStream, Maker, shard_name, states
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.mixing import Batch, Mixture, prepare
@@ -115,6 +117,11 @@ def test_a_preparation_that_was_killed_is_noticed(corpora: Path, tmp_path: Path)
             mixture.batch(1, SEQUENCES)
 
 
+def encoders_of(corpora: Path, processes: int = 1) -> Encoders:
+    held_out = HeldOut.from_plain(json.loads((corpora / HELD_OUT).read_text()))
+    return Encoders(tiny_tokenizer(chat=CHAT), held_out, processes)
+
+
 def made(corpora: Path, name: str, folder: Path, num: int) -> list[tuple[int, torch.Tensor, torch.Tensor | None]]:
     """(first window, tokens, mask) of the first shards of a corpus, made one after the other in this process."""
     import numpy as np
@@ -122,7 +129,7 @@ def made(corpora: Path, name: str, folder: Path, num: int) -> list[tuple[int, to
     for part in ("index", "scratch"):
         (folder / part).mkdir(parents=True)
     about = json.loads((corpora / DESCRIPTION).read_text())[name]
-    maker = Maker(about, tiny_tokenizer(chat=CHAT), folder / "index", folder / "scratch")
+    maker = Maker(about, encoders_of(corpora), folder / "index", folder / "scratch")
     found = []
     number, start, position = 0, 0, None
     for number in range(num):
@@ -138,6 +145,26 @@ def made(corpora: Path, name: str, folder: Path, num: int) -> list[tuple[int, to
     return found
 
 
+def test_shards_are_the_same_from_two_processes_and_with_two_corpora_in_turns(corpora: Path, tmp_path: Path) -> None:
+    about = json.loads((corpora / DESCRIPTION).read_text())
+
+    def shards(processes: int) -> dict[str, bytes]:
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        with encoders_of(corpora, processes) as encoders:
+            makers = [Maker(about[name], encoders, folder, folder) for name in ("rows", "chats")]
+            ends: list[tuple[int, Any]] = [(0, None)] * 2
+            for number, (place, maker) in itertools.product(range(3), enumerate(makers)):
+                state = maker.make(number, *ends[place], needed=0)
+                ends[place] = (state.end, state.ends)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    one, two = shards(1), shards(2)
+    assert {name.split("-")[0] for name in one} == {"rows", "chats"}
+    assert len(one) == 3 * (2 + 3)  # states, tokens, and of chats masks
+    assert one == two
+
+
 def test_a_stream_holds_every_training_document_and_no_held_out_one(corpora: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(chat=CHAT)
     shards = made(corpora, "rows", tmp_path, 24)
@@ -145,13 +172,12 @@ def test_a_stream_holds_every_training_document_and_no_held_out_one(corpora: Pat
     rows = [json.loads(s) for p in sorted((corpora.parents[2] / "rows").iterdir()) for s in p.read_text().splitlines()]
     mixture = Mixture(corpora, SEED)
     held_out = {d.text for split in ("calibration", "evaluation") for d in mixture.held_out(split, "rows")}
-    from prosparse_core.data.rendering import Renderer
-
     render = Renderer(Source(name="rows", kind="files", weight=1, path="x"))
-    trained = [r["text"] for r in rows if split_of(render(r, id="").file) == "train"]  # type: ignore[union-attr]
+    kept_out = HeldOut.from_plain(json.loads((corpora / HELD_OUT).read_text()))
+    trained = [r["text"] for r in rows if kept_out.verdict(render(r, id="")) == "train"]  # type: ignore[arg-type]
     assert not [t for t in held_out if t + "</s>" in text]
     missing = [t for t in trained if t + "</s>" not in text]
-    assert len(trained) > 200
+    assert len(trained) > 250
     assert len(missing) <= 2 * len(shards), "at most the ends of shards"
 
 
@@ -184,7 +210,7 @@ def test_a_source_without_training_text_is_refused(corpora: Path, tmp_path: Path
     about = json.loads((corpora / DESCRIPTION).read_text())["rows"]
     about["seq_len"] = 10_000_000
     with pytest.raises(BadInput, match="fewer training tokens than one window"):
-        Maker(about, tiny_tokenizer(chat=CHAT), tmp_path, tmp_path).make(0, 0, None, 0)
+        Maker(about, encoders_of(corpora), tmp_path, tmp_path).make(0, 0, None, 0)
 
 
 @pytest.mark.parametrize(
