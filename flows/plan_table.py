@@ -6,6 +6,7 @@ from typing import Literal
 
 from prosparse_core.planning.cost import Cost
 from prosparse_core.planning.hardware import GIB
+from prosparse_core.planning.preparation import Preparation
 
 Rows = list[list[str]]
 
@@ -21,6 +22,7 @@ def cost_rows(cost: Cost) -> Rows:
         ["hardware", cost.hardware],
         *([["", cost.remark]] if cost.remark else []),
         ["training hours", f"{cost.hours:,.1f} ({cost.assumption})"],
+        *preparation_rows(cost.preparation),
         ["disk, at most", f"{size(disk.most[keep])} (runtime.keep={keep}; with {other} {size(disk.most[other])})"],
         ["disk, stages", f"{size(disk.stages[keep])} (with {other} {size(disk.stages[other])})"],
         ["disk, a stage", f"{size(disk.stage)}, of which the optimizer's state {size(disk.stage - disk.base_model)}"],
@@ -29,6 +31,28 @@ def cost_rows(cost: Cost) -> Rows:
         ["disk, corpora", size(disk.corpora)],
         ["disk, export", f"{size(disk.export)}, predictor {size(disk.predictor)}"],
     ]  # fmt: skip
+
+
+def preparation_rows(data: Preparation) -> Rows:
+    """The mixture: before training, and beside it where it is streamed."""
+    rows: Rows = []
+    if data.tokens:
+        what = f"{tokens(data.tokens)} tokens at most, {_processes(data.processes)}, {data.assumption}"
+        rows.append(["mixture hours, before training", f"{_hours(data.hours)} ({what})"])
+    if data.streamed_tokens:
+        rate = f"{_processes(data.stream_processes)} make {tokens(round(data.stream_rate))} tokens/s of the "
+        rate += f"{tokens(round(data.streamed_tokens_per_s))} that training takes ({data.assumption})"
+        behind = "" if data.keeps_up else f": training waits, {_hours(data.stream_hours)} hours for the streams alone"
+        rows.append(["mixture, beside training", f"{tokens(data.streamed_tokens)} tokens streamed, {rate}{behind}"])
+    return rows
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' if count > 1 else ''}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.1 else "under 0.1"
 
 
 def memory_rows(cost: Cost) -> Rows:

@@ -28,9 +28,10 @@ import numpy as np
 
 from prosparse_core.data import code_corpora
 from prosparse_core.data.documents import Document, from_row, stable_hash
-from prosparse_core.data.encoding import Encoders, num_processes
+from prosparse_core.data.encoding import Encoders
 from prosparse_core.data.held_out import HELD_OUT, RULE, HeldOut
 from prosparse_core.data.packing import Encoder
+from prosparse_core.data.processes import num_processes
 from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
 from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
 from prosparse_core.data.stream_reader import Streams

@@ -31,11 +31,6 @@ BATCH_DOCUMENTS, BATCH_CHARS = 64, 400_000
 """What makes one call of the tokenizer."""
 IN_FLIGHT = 2
 """Batches a process has at a time: one to work on, one waiting."""
-TOKENS_PER_PROCESS = 4_000_000
-"""A process more is worth its start for so many: a quarter of a minute of work."""
-MOST_PROCESSES = 16
-"""Taken by default: reading and packing, in one process, keep about so many busy."""
-
 Found = tuple[list[int], list[tuple[np.ndarray, np.ndarray | None]], int, int]
 """Of a batch: places of the documents that are trained on, their tokens and masks (None: all labels), and how many were
 left out as held out and as duplicates."""
@@ -89,14 +84,6 @@ def encode_batch(encoder: Encoder, held_out: HeldOut, documents: list[Document])
     encoded = encoder.encode([documents[i] for i in places])
     arrays = [(e.tokens, None if e.mask.all() else e.mask) for e in encoded]
     return places, arrays, verdicts.count("held out"), verdicts.count("duplicate")
-
-
-def num_processes(asked: int | None, num_tokens: int) -> int:
-    """How many processes prepare ``num_tokens``: as many as asked, else the cores, but none that is not worth it."""
-    if asked:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, MOST_PROCESSES, num_tokens // TOKENS_PER_PROCESS))
 
 
 class Encoders:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from prosparse_core.data.documents import Document
-from prosparse_core.data.encoding import BATCH_CHARS, EncodedBatch, Encoders, batched, num_processes
+from prosparse_core.data.encoding import BATCH_CHARS, EncodedBatch, Encoders, batched
 from prosparse_core.data.held_out import HELD_OUT, HeldOut
 from prosparse_core.data.packing import Encoded, pack_texts, pack_whole
+from prosparse_core.data.processes import num_processes
 from prosparse_core.data.shards import Shard
 from prosparse_core.data.sources import open_hub_rows, read_files
 from prosparse_core.distributed.lifeline import end_with_parent

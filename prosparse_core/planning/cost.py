@@ -12,6 +12,7 @@ from prosparse_core.planning.disk import Disk, disk
 from prosparse_core.planning.hardware import GIB, Device
 from prosparse_core.planning.layout import Asked, Layout, lay_out
 from prosparse_core.planning.memory import USABLE, Memory, Training, memory
+from prosparse_core.planning.preparation import Preparation, preparation
 from prosparse_core.planning.shapes import Weights
 from prosparse_core.planning.shapes import shape_of as shape_of
 from prosparse_core.precision import resolve
@@ -63,6 +64,7 @@ class Cost:
     memory_bytes: int
     """Of all ranks together."""
     fit: Fit
+    preparation: Preparation
     disk: Disk
     keep: Literal["last", "all"]
     stages: list[StageCost]
@@ -115,6 +117,7 @@ def cost(
         memory=found,
         memory_bytes=found.total * layout.world,
         fit=Fit(fits, limit, ways),
+        preparation=preparation(recipe, layout, recipe.train.total_tokens, hours),
         disk=disk(recipe, shape),
         keep=recipe.runtime.keep,
         stages=_stages(recipe),
@@ -137,6 +140,7 @@ def comparison_cost(
         tokens=trained.tokens,
         flops=one.flops * more,
         hours=one.hours * more,
+        preparation=preparation(recipe, one.layout, trained.tokens, one.hours * more),
         disk=disk(recipe, shape, trained.num_stages, trained.num_last),
     )
 

@@ -19,9 +19,10 @@ from tiny_tokenizers import CHAT, tiny_tokenizer
 
 from prosparse_core.data import encoding, train_windows
 from prosparse_core.data.documents import Document, Turn, conversation
-from prosparse_core.data.encoding import Batch, Encoders, batched, num_processes
+from prosparse_core.data.encoding import Batch, Encoders, batched
 from prosparse_core.data.held_out import HeldOut
 from prosparse_core.data.packing import Encoder, RowWriter
+from prosparse_core.data.processes import MOST_PROCESSES, num_processes
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.mixing import prepare
 from prosparse_core.progress import Silent
@@ -242,7 +243,7 @@ def test_small_recipes_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     assert num_processes(None, 400_000) == 1
     assert num_processes(None, 9_000_000) == 2
-    assert num_processes(None, 10**12) == encoding.MOST_PROCESSES
+    assert num_processes(None, 10**12) == MOST_PROCESSES
     assert num_processes(40, 1) == 40
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     assert num_processes(None, 10**12) == 2

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flows import cli
+from flows.plan_table import preparation_rows
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.loss import next_token_loss
@@ -139,6 +140,47 @@ def test_sharding_and_checkpointing_save_what_they_are_for() -> None:
     assert checkpointed["activations"] < fsdp["activations"] / 10
     whole, part = terms(gpus=8, parallel="fsdp", micro_batch=4), fsdp
     assert whole["activations"] == pytest.approx(4 * part["activations"], rel=1e-6)
+
+
+def prepared(overrides: list[str], asked: Asked = Asked(), name: str = "llama2-7b") -> planning.Cost:  # noqa: B008
+    recipe = recipes.load(name, overrides)
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    return planning.cost(recipe, shape, asked=asked)
+
+
+def test_preparing_the_mixture_takes_hours_by_tokens_and_processes() -> None:
+    on_disk = [f"data.sources.{i}.stream=false" for i in range(4)]
+    sizes = [f"data.sources.{i}.max_tokens={n}000000000" for i, n in enumerate((12, 6, 12, 4))]
+    found = prepared([*on_disk, *sizes, "runtime.data_processes=1"])
+    assert found.preparation.hours == pytest.approx(34e9 / 239e3 / 3600)
+    assert found.preparation.hours == pytest.approx(39.5, abs=0.1), "40 CPU-hours for 34 B"
+    assert found.preparation.streamed_tokens == 0
+    assert preparation_rows(found.preparation) == [
+        ["mixture hours, before training",
+         "39.5 (34.00 B tokens at most, 1 process, 239 K tokens a second and process)"]
+    ]  # fmt: skip
+    eight = prepared([*on_disk, *sizes, "runtime.data_processes=8"]).preparation
+    assert eight.hours == pytest.approx(found.preparation.hours / 8)
+    assert prepared([*on_disk, *sizes]).preparation.processes == 16, "a node with GPUs has the cores"
+    measured_only = prepared([*on_disk, *sizes, "data.sources.0.weight=0"]).preparation
+    assert measured_only.tokens == 22_000_000_000
+
+
+def test_streams_are_prepared_beside_training_and_may_make_it_wait() -> None:
+    cost = prepared(["data.sources.1.stream=false"])
+    found = cost.preparation
+    assert found.tokens == 400_000_000
+    assert found.streamed_tokens == pytest.approx(0.85 * cost.tokens)
+    assert found.streamed_tokens_per_s == pytest.approx(0.85 * cost.tokens / cost.hours / 3600)
+    assert found.keeps_up
+    (before, beside) = preparation_rows(found)
+    assert before[0] == "mixture hours, before training"
+    assert beside[1].startswith("29.41 B tokens streamed, 16 processes make 3.82 M tokens/s of the ")
+    slow = prepared(["runtime.data_processes=1"], Asked(gpu="b200", gpus=8, nodes=8)).preparation
+    assert not slow.keeps_up
+    assert slow.stream_hours == pytest.approx(34.603e9 / 239e3 / 3600, rel=1e-3)
+    assert "training waits, 40.2 hours" in preparation_rows(slow)[0][1]
 
 
 def test_more_gpus_take_less_time_and_checkpointing_a_third_more() -> None:
