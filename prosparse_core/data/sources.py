@@ -19,6 +19,7 @@ from prosparse_core.data.documents import Document as Document
 from prosparse_core.data.documents import shuffled as shuffled
 from prosparse_core.data.documents import split_of as split_of
 from prosparse_core.data.documents import stable_hash as stable_hash
+from prosparse_core.data.file_order import FilesInTurn
 from prosparse_core.data.readers import READERS, read_text
 from prosparse_core.data.rendering import Renderer
 from prosparse_core.errors import BadInput, EnvironmentProblem
@@ -150,12 +151,14 @@ def _from_hub(source: Source, seed: int) -> Iterator[Document]:
     return _render_hub(source, render, stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
 
 
-def open_hub_rows(source: Source, state: dict[str, Any] | None) -> tuple[Any, Iterator[Document]]:
-    """A hub dataset in its own order, from a ``state_dict()`` of it on (None: the beginning); and its documents."""
+def open_hub_rows(source: Source, seed: object, state: dict[str, Any] | None) -> tuple[Any, Iterator[Document]]:
+    """A hub dataset, its files in an order of the seed, from a ``state_dict()`` of it on (None: the beginning); and its
+    documents."""
     render, stream = _hub_rows(source)
+    rows = FilesInTurn(stream, seed)
     if state is not None:
-        stream.load_state_dict(state)
-    return stream, _render_hub(source, render, stream)
+        rows.load_state_dict(state)
+    return rows, _render_hub(source, render, rows)
 
 
 def _hub_rows(source: Source) -> tuple[Renderer, Any]:

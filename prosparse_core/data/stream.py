@@ -1,8 +1,9 @@
 """A corpus that does not fit on disk, as numbered shards of windows, each a pure function of where it begins.
 
-Documents come in the source's own order (the order of its files is shuffled), one epoch after the other. A shard takes
-whole batches of documents until it has its windows; where the next one begins is written down, so that any shard that
-was once made can be made again without those before it. Run as a program this prepares shards ahead of their use.
+Documents come file by file in a shuffled order of the files (of the hub: from a few files in turns), one epoch after
+the other. A shard takes whole batches of documents until it has its windows; where the next one begins is written
+down, so that any shard that was once made can be made again without those before it. Run as a program this prepares
+shards ahead of their use.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class DocumentStream:
             yield document
 
     def _hub_epoch(self) -> Iterator[Document]:
-        self._hub, documents = open_hub_rows(self._source, self._within)
+        self._hub, documents = open_hub_rows(self._source, f"{self._seed} epoch {self._epoch}", self._within)
         yield from documents
 
 

@@ -37,7 +37,7 @@ class Streams:
         self._process: subprocess.Popen[bytes] | None = None
         self._first: dict[str, int] = {}
         self._known: dict[str, list[ShardState]] = {}
-        self._open: dict[tuple[str, int], tuple[np.ndarray, np.ndarray | None]] = {}
+        self._open: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
 
     def release(self, first: dict[str, int]) -> None:
         """No window before ``first`` of each corpus is needed any more; the first call begins the preparation."""
@@ -86,13 +86,13 @@ class Streams:
                 del self._open[old]
             path = self._scratch / f"{shard_name(*key)}.tokens.npy"
             mask = path.with_name(path.name.replace(".tokens.", ".mask."))
-            order = shuffle(state.number, state.windows)
             self._open[key] = (
-                np.load(path, mmap_mode="r")[order],
-                np.load(mask, mmap_mode="r")[order] if mask.exists() else None,
+                shuffle(state.number, state.windows),
+                np.load(path, mmap_mode="r"),  # a shard may be larger than memory, and every rank reads it
+                np.load(mask, mmap_mode="r") if mask.exists() else None,
             )
-        tokens, labels = self._open[key]
-        place = number - state.start
+        order, tokens, labels = self._open[key]
+        place = int(order[number - state.start])
         return tokens[place], None if labels is None else labels[place]
 
     def _states(self, name: str) -> list[ShardState]:

@@ -206,6 +206,30 @@ def test_a_source_goes_on_from_any_position(kind: str, tmp_path: Path) -> None:
         assert [d.text for d in rest] == [d.text for d in straight[stop:]], stop
 
 
+def test_a_stream_of_the_hub_takes_its_files_in_turns_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    """In their own order, one after the other, a file would be a whole shard: StarCoder's are a language each."""
+    for part in range(20):
+        rows = [json.dumps({"text": f"language {part} program {i}"}) for i in range(part % 3 + 2)]
+        (tmp_path / f"part{part:02d}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    source = Source(name="rows", kind="hub", weight=1, path=str(tmp_path), stream=True)
+    num = sum(part % 3 + 2 for part in range(20))
+    orders = []
+    for seed in (1, 2):
+        epochs = [d.text for d in itertools.islice(DocumentStream(source, seed, None), 2 * num)]
+        assert sorted(epochs[:num]) == sorted(epochs[num:])
+        assert epochs[:num] != epochs[num:]
+        assert len(set(epochs[:num])) == num
+        assert len({text.split()[1] for text in epochs[:8]}) == 8, "the first eight rows are of eight files"
+        orders.append(epochs)
+    assert orders[0] != orders[1]
+    for stop in (3, 8, 9, 30, num - 1, num, num + 5):
+        stream = DocumentStream(source, 1, None)
+        list(itertools.islice(stream, stop))
+        position = json.loads(json.dumps(stream.position))
+        rest = [d.text for d in itertools.islice(DocumentStream(source, 1, position), 2 * num - stop)]
+        assert rest == orders[0][stop:], stop
+
+
 def test_a_source_without_training_text_is_refused(corpora: Path, tmp_path: Path) -> None:
     about = json.loads((corpora / DESCRIPTION).read_text())["rows"]
     about["seq_len"] = 10_000_000
