@@ -39,7 +39,7 @@ from prosparse_core.data.train_windows import PROGRESS, SHARD_TOKENS, TrainWindo
 from prosparse_core.errors import BadInput
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.recipe import Data, Source
-from prosparse_core.store import write_json
+from prosparse_core.store import fsync_tree, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +158,7 @@ def hold_out(corpora: Sequence[Corpus], data: Data, folder: Path, *, seed: int) 
         },
     }
     write_json(folder / HELD_OUT, held_out.to_plain())
+    fsync_tree(folder)
     record.parent.mkdir(exist_ok=True)
     write_json(record, {"splits": splits, "about": about})
     return held_out, about

@@ -145,7 +145,7 @@ class Store:
             "meta": meta,
         }
         write_json(work / RECORD, record)
-        _fsync_tree(work)
+        fsync_tree(work)
         final = self.folder(step, print_)
         make_folder(final.parent)
         if final.exists():
@@ -282,7 +282,8 @@ def _sha256(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """All files under a folder are on the disk."""
     for path in _files(folder):
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())

@@ -54,7 +54,7 @@ class _Tally:
 
 
 class Corpus:
-    """One source on its way to disk. Documents are drawn once: held-out ones first, the others wait for training."""
+    """One source, and what of it is held out: drawn before any corpus is trained on."""
 
     def __init__(self, source: Source, encoder: Encoder, data: Data, seed: int) -> None:
         self.source, self.name, self._encoder, self._data, self._seed = source, source.name, encoder, data, seed
@@ -84,34 +84,35 @@ class Corpus:
 
     def _write_calibration(self, folder: Path, held_out: HeldOut) -> None:
         asked, seq_len, tally = self._data.calibration_tokens, self._data.seq_len, _Tally()
-        drawn: list[Encoded] = []
+        drawn: list[tuple[Document, Encoded]] = []
         used: set[Document] = set()
         num_windows = math.ceil(asked / seq_len)
         with Shard(folder, self.name, seq_len, self.is_instruction) as shard:
-            windows = self._pack(self._draw("calibration", asked, held_out, drawn))
+            windows = self._pack(self._draw("calibration", asked, drawn))
             for window in itertools.islice(windows, num_windows):
                 shard.add(window)
                 tally.add_window(window)
                 used.update(window.starts)
         if tally.windows < num_windows:
             raise self._too_little("calibration", tally.tokens, asked)
-        self._write_documents(folder, tally, [item for item in drawn if item.document in used])
+        # Packing looks ahead: what went into no window is trained on.
+        self._write_documents(folder, tally, [pair for pair in drawn if pair[1].document in used], held_out)
         self.splits["calibration"] = tally.describe()
 
     def _write_evaluation(self, folder: Path, held_out: HeldOut) -> None:
         asked, tally = self._data.evaluation_tokens, _Tally()
-        drawn: list[Encoded] = []
-        for encoded in self._draw("evaluation", asked, held_out, drawn):
+        drawn: list[tuple[Document, Encoded]] = []
+        for encoded in self._draw("evaluation", asked, drawn):
             tally.tokens += len(encoded.tokens)
             tally.labels += int(encoded.mask.sum())
             if tally.tokens >= asked:
                 break
         if tally.tokens < asked:
             raise self._too_little("evaluation", tally.tokens, asked)
-        self._write_documents(folder, tally, drawn)
+        self._write_documents(folder, tally, drawn, held_out)
         self.splits["evaluation"] = tally.describe()
 
-    def _draw(self, split: str, asked: int, held_out: HeldOut, drawn: list[Encoded]) -> Iterator[Encoded]:
+    def _draw(self, split: str, asked: int, drawn: list[tuple[Document, Encoded]]) -> Iterator[Encoded]:
         """The documents of a held-out split, each text once. Those that may be drawn for the other wait for it."""
         limit = min(max(asked // MIN_HELD_OUT_DOCUMENTS, 512), MAX_HELD_OUT_TOKENS)
         for document in itertools.chain(tuple(self._candidates), self._read()):
@@ -121,8 +122,7 @@ class Corpus:
             if (encoded := cut(document, limit)) is None:
                 continue
             self._drawn.add(document.key)
-            held_out.add(document)
-            drawn.append(encoded)
+            drawn.append((document, encoded))
             yield encoded
 
     def _read(self) -> Iterator[Document]:
@@ -138,10 +138,13 @@ class Corpus:
             hint=f"lower data.{split}_tokens or add files (whole files are held out: one is not enough)",
         )
 
-    def _write_documents(self, folder: Path, tally: _Tally, found: list[Encoded]) -> None:
-        write_jsonl(folder / f"{self.name}.jsonl", map(_held_out_row, found))
-        for encoded in found:
-            tally.add_document(encoded.document)
+    def _write_documents(
+        self, folder: Path, tally: _Tally, found: list[tuple[Document, Encoded]], held_out: HeldOut
+    ) -> None:
+        write_jsonl(folder / f"{self.name}.jsonl", (_held_out_row(encoded) for _, encoded in found))
+        for document, _ in found:  # whole, where only a part was taken
+            tally.add_document(document)
+            held_out.add(document)
 
     def describe_stream(self) -> dict[str, Any]:
         """What the shards of a streamed corpus are made from; see :mod:`prosparse_core.data.stream`."""

@@ -295,6 +295,8 @@ def test_a_corpus_of_conversations_keeps_its_labels_and_never_splits_a_question(
     manifest = prepare(data_of(source), tokenizer, tmp_path / "out", seed=0, train_tokens=1000)
     assert manifest["corpora"][0]["instruction"]
     mixture = Mixture(tmp_path / "out", 0)
+    about = manifest["held_out"]
+    assert 0 < sum(about["files"].values()) <= about["documents"] < 30, "and not what packing looked at ahead"
     held_out = {split: mixture.held_out(split, "talks") for split in ("calibration", "evaluation")}
     asked = [{(d.turns or ())[0].content for d in found} for found in held_out.values()]
     assert not asked[0] & asked[1]
