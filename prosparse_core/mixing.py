@@ -2,7 +2,7 @@
 
 Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
 
-    manifest.json                     what it is made of, in tokens, documents, files and epochs
+    manifest.json                     what it is made of, in tokens, documents and files
     train/CORPUS.tokens.npy           int32 [windows, seq_len]
     train/CORPUS.mask.npy             uint8 [windows, seq_len], 1 where the token is a label; instruction corpora only
     calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .mask.npy)
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,29 +26,35 @@ import numpy as np
 from prosparse_core.data import code_corpora
 from prosparse_core.data.packing import Encoder
 from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
-from prosparse_core.data.sources import Document, stable_hash
+from prosparse_core.data.sources import Document
 from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
 from prosparse_core.data.stream_reader import Streams
-from prosparse_core.errors import BadInput
 from prosparse_core.progress import Progress, Silent
-from prosparse_core.recipe import Data, Source
+from prosparse_core.recipe import Data
+from prosparse_core.recipe_mixture import BLOCK, block_counts, trained_corpora
+from prosparse_core.recipe_train import Stage
+from prosparse_core.shares import SampleOrder, permutation, segments_of
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1024
-"""Samples in which every corpus has exactly its share."""
 MANIFEST = "manifest.json"
 CHOICES = "choices"
 
 
 def prepare(
-    data: Data, tokenizer: Any, folder: Path, *, seed: int, train_tokens: int, progress: Progress | None = None
+    data: Data,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    seed: int,
+    stages: Sequence[Stage] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the mixture into ``folder`` and return its manifest.
 
-    The same data, tokenizer and seed give the same windows: ``train_tokens``, the tokens of the planned training, only
-    tells the manifest how many epochs it makes over each corpus.
+    The same data, tokenizer and seed give the same windows; of ``stages`` only counts which corpora they train on,
+    since only these get training windows. So a change of a stage leaves what the stages before it saw as it is.
 
     Raises:
         BadInput: a source cannot be read, or has too little text; a weight is too small to be seen.
@@ -56,7 +62,8 @@ def prepare(
     """
     progress = progress or Silent()
     encoder = Encoder(tokenizer)
-    counts = block_counts(data.sources)
+    weights = {source.name: source.weight for source in data.sources}
+    counts, needed = block_counts(weights), trained_corpora(weights, stages)
     corpora = [Corpus(source, encoder, data, seed) for source in data.sources]
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
@@ -69,11 +76,11 @@ def prepare(
         write_jsonl(folder / "evaluation" / f"{CHOICES}.jsonl", (question.row for question in questions))
         held_out |= {question.function.document.key for question in questions}
 
-    streams = {c.name: c.describe_stream(held_out) for c in corpora if c.source.stream and counts[c.name]}
+    streams = {c.name: c.describe_stream(held_out) for c in corpora if c.source.stream and c.name in needed}
     if streams:
         (folder / DESCRIPTION).write_text(json.dumps(streams, indent=1) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder / TOKENIZER)
-    trained = [corpus for corpus in corpora if counts[corpus.name] and not corpus.source.stream]
+    trained = [corpus for corpus in corpora if corpus.name in needed and not corpus.source.stream]
     done, total = 0, sum(corpus.source.max_tokens for corpus in trained)
     for corpus in trained:
         for tokens in corpus.write_train(folder, held_out):
@@ -81,43 +88,20 @@ def prepare(
         done += corpus.source.max_tokens
     progress.update(total, total)
 
-    entries = []
-    for corpus in corpora:
-        share = counts[corpus.name] / BLOCK
-        entries.append(corpus.describe(share, share * train_tokens) | {"samples_per_block": counts[corpus.name]})
-        if entries[-1]["epochs"] > 1:
-            progress.note(f"{corpus.name}: training goes {entries[-1]['epochs']:.1f} times over its text")
+    entries = [
+        corpus.describe(counts[corpus.name] / BLOCK)
+        | {"trained": corpus.name in needed, "samples_per_block": counts[corpus.name]}
+        for corpus in corpora
+    ]
     manifest = {
         "seq_len": data.seq_len,
         "seed": seed,
-        "train_tokens": train_tokens,
         "tokenizer": encoder.description,
         "choice_questions": len(questions),
         "corpora": entries,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
-
-
-def block_counts(sources: list[Source]) -> dict[str, int]:
-    """Samples of each source in a block of ``BLOCK``: its share of the weights, by the largest remainder.
-
-    Raises:
-        BadInput: a weight above 0 that is too small to get one sample.
-    """
-    whole = sum(source.weight for source in sources)
-    exact = [source.weight / whole * BLOCK for source in sources]
-    counts = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(sources)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: BLOCK - sum(counts)]:
-        counts[i] += 1
-    for source, count in zip(sources, counts, strict=True):
-        if source.weight > 0 and count == 0:
-            raise BadInput(
-                f"source {source.name!r}: weight={source.weight} is less than 1/{BLOCK} of all weights: never sampled",
-                hint="raise the weight, or set it to 0 to measure on this corpus without training on it",
-            )
-    return {source.name: count for source, count in zip(sources, counts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -171,26 +155,35 @@ class _Streamed:
 class Mixture:
     """Reads a prepared folder. Everything is a pure function of the folder's contents and the seed.
 
-    Sample ``i`` (from 0) belongs to block ``i // 1024``, in which every corpus has its ``samples_per_block`` places, in
-    an order shuffled by the seed and the block. The ``k``-th sample of a corpus of ``n`` windows takes window
-    ``permutation(corpus, epoch=k // n)[k % n]``; of a streamed corpus, window ``k``, shuffled in its shard.
+    Which corpus a sample is of: :mod:`prosparse_core.shares`. The ``k``-th sample of a corpus of ``n`` windows takes
+    window ``permutation(corpus, epoch=k // n)[k % n]``; of a streamed corpus, window ``k``, shuffled in its shard.
 
     Args:
+        stages: of the training, up to the one whose batches are taken; without them, every batch has the weights of
+            ``data.sources``.
         work: where the shards of streamed corpora may lie while batches are taken, in rising steps; then :meth:`close`.
         prepares: whether this process has the shards prepared; of several that read the same ``work``, one does.
     """
 
-    def __init__(self, folder: Path, seed: int, work: Path | None = None, *, prepares: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        work: Path | None = None,
+        *,
+        stages: Sequence[Stage] = (),
+        prepares: bool = True,
+    ) -> None:
         self._folder, self._seed = Path(folder), seed
         self._streams = Streams(self._folder, work, prepares=prepares) if work is not None else None
         self.manifest: dict[str, Any] = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
         self.seq_len: int = self.manifest["seq_len"]
-        self._counts: list[int] = [entry["samples_per_block"] for entry in self.manifest["corpora"]]
+        self._stages = tuple(stages)
         self._train = [
-            self._open_train(entry["name"], bool(entry.get("stream"))) if entry["samples_per_block"] else None
+            self._open_train(entry["name"], bool(entry.get("stream"))) if entry["trained"] else None
             for entry in self.manifest["corpora"]
         ]
-        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+        self._order = functools.lru_cache(maxsize=4)(self._order_of)
 
     @property
     def corpora(self) -> list[str]:
@@ -206,9 +199,10 @@ class Mixture:
         tokens = np.empty((sequences, self.seq_len), dtype=np.int64)
         labels = np.empty_like(tokens)
         corpora = []
-        self._release((step - 1) * sequences)
+        order, first = self._order(sequences), (step - 1) * sequences
+        self._release(order, first)
         for row in range(sequences):
-            corpus, turn = self._turn((step - 1) * sequences + row)
+            corpus, turn = order.turn(first + row)
             source = self._train[corpus]
             assert source is not None
             tokens[row], mask = source.window(turn)
@@ -221,37 +215,31 @@ class Mixture:
         if self._streams is not None:
             self._streams.close()
 
-    def _release(self, index: int) -> None:
+    def _release(self, order: SampleOrder, index: int) -> None:
         """Samples before ``index`` are not needed any more."""
-        streamed = [i for i, source in enumerate(self._train) if isinstance(source, _Streamed)]
-        if not streamed:
-            return
-        block, place = divmod(index, BLOCK)
-        corpora, _ = self._block(block)
-        before = {i: block * self._counts[i] + int((corpora[:place] == i).sum()) for i in streamed}
-        assert self._streams is not None
-        self._streams.release({self.corpora[i]: turn for i, turn in before.items()})
+        needed, before = order.needed(index), order.before(index)
+        streamed = [i for i, train in enumerate(self._train) if isinstance(train, _Streamed) and needed[i]]
+        first = {self.corpora[i]: before[i] for i in streamed}
+        if first:
+            assert self._streams is not None
+            self._streams.release(first)
 
-    def sample(self, index: int) -> tuple[int, int]:
+    def sample(self, index: int, sequences: int = 1) -> tuple[int, int]:
         """Corpus and window of sample ``index`` (from 0); of a streamed corpus, the window's place in the stream."""
-        corpus, turn = self._turn(index)
+        corpus, turn = self._order(sequences).turn(index)
         source = self._train[corpus]
         return corpus, source.place(turn) if isinstance(source, _Windows) else turn
 
-    def _turn(self, index: int) -> tuple[int, int]:
-        """Corpus of sample ``index``, and how many of its samples precede it."""
-        block, place = divmod(index, BLOCK)
-        corpora, ranks = self._block(block)
-        corpus = int(corpora[place])
-        return corpus, block * self._counts[corpus] + int(ranks[place])
+    def epochs(self, step: int, sequences: int) -> dict[str, float]:
+        """How often training has gone over the windows of each corpus after ``step``; streamed ones are not counted."""
+        taken = zip(self.corpora, self._train, self._order(sequences).before(step * sequences), strict=True)
+        return {name: turns / len(t.tokens) for name, t, turns in taken if isinstance(t, _Windows)}
 
-    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in the block: its corpus, and how many samples of that corpus precede it in the block."""
-        corpora = np.repeat(np.arange(len(self._counts)), self._counts)[permutation(BLOCK, self._seed, "block", block)]
-        ranks = np.empty(BLOCK, dtype=np.int64)
-        for corpus, count in enumerate(self._counts):
-            ranks[corpora == corpus] = np.arange(count)
-        return corpora, ranks
+    def _order_of(self, sequences: int) -> SampleOrder:
+        entries = self.manifest["corpora"]
+        return SampleOrder(
+            self._seed, segments_of({e["name"]: e["samples_per_block"] for e in entries}, self._stages, sequences)
+        )
 
     def calibration(self, corpus: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out windows for the threshold search: tokens and labels, int64 [windows, seq_len]."""
@@ -277,15 +265,3 @@ class Mixture:
         if not is_streamed:
             return self._open("train", name)
         return _Streamed(self._streams, name, (self._seed, name)) if self._streams is not None else None
-
-
-def permutation(length: int, *key: object) -> np.ndarray:
-    """A permutation of ``range(length)`` by the key.
-
-    Sorted by splitmix64 rather than drawn from a library's generator, whose stream may change with its version.
-    """
-    x = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x += np.array(stable_hash(*key), dtype=np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")

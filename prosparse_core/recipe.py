@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from prosparse_core.errors import BadInput
 from prosparse_core.family import Family
 from prosparse_core.recipe_machine import Hardware, Shape
+from prosparse_core.recipe_mixture import mixture_problems
 from prosparse_core.recipe_runtime import Runtime as Runtime
 from prosparse_core.recipe_runtime import check_world
 from prosparse_core.recipe_text import apply_override, explain
@@ -51,8 +52,9 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: Literal["python-code", "package-docs", "code-instructions", "hub", "files"]
     weight: float = Field(ge=0)
+    """0: the corpus is measured on, and trained on only by stages whose ``mixture`` names it."""
     max_tokens: int = Field(default=400_000, gt=0)
-    """At most this many training tokens are prepared; a longer run goes over them again, which the manifest says."""
+    """At most this many training tokens are prepared; a longer run goes over them again, which its stages say."""
     stream: bool = False
     """Kinds hub and files: prepare the text in shards while training goes on, and remove what was used; ``max_tokens``
     is then what lies on disk at a time. For text that does not fit there."""
@@ -334,6 +336,8 @@ class Recipe(Section):
                 f"train.micro_batch={micro} must divide the {step // seq} sequences of a step (train.tokens_per_step)"
             )
         check_world(self.runtime, step // seq)
+        if problems := mixture_problems({s.name: s.weight for s in self.data.sources}, self.train.stages):
+            raise ValueError("; ".join(problems))
         for i, source in enumerate(self.data.sources):
             shard = source.max_tokens // self.data.stream_shards
             if source.stream and (shard < seq or step > source.max_tokens - shard):

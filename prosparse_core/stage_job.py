@@ -116,7 +116,9 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
         compile_layers(model)
     if job.runtime.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    with contextlib.closing(Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first)) as mixture:
+    stages = job.train.stages[: job.index + 1]
+    reader = Mixture(job.corpora, job.seed, job.folder, stages=stages, prepares=ranks.is_first)
+    with contextlib.closing(reader) as mixture:
         train_stage(
             model,
             optimizer,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from prosparse_core.recipe_mixture import trained_corpora
 from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
@@ -22,7 +23,7 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
         config={
             "data": data.model_dump(mode="json"),
             "identity": {s.name: source_identity(s) for s in data.sources},
-            "train_tokens": run.recipe.train.total_tokens,
+            "trained": trained_corpora({s.name: s.weight for s in data.sources}, run.recipe.train.stages),
         },
         inputs={"dense": dense},
         needs_bytes=sum(s.max_tokens for s in data.sources) * 8,
@@ -39,7 +40,7 @@ def _build(work: Work, run: Run, dense: Artifact) -> None:
         load_tokenizer(dense.path / MODEL),
         work.folder,
         seed=recipe.seed,
-        train_tokens=recipe.train.total_tokens,
+        stages=recipe.train.stages,
         progress=work.progress,
     )
     work.meta.update(manifest)

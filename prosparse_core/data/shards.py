@@ -178,9 +178,8 @@ class Corpus:
             "held_out": sorted(key.hex() for key in held_out),
         }
 
-    def describe(self, share: float, train_tokens: float) -> dict[str, Any]:
-        """The corpus in the manifest. ``epochs`` of ``train_tokens`` may exceed 1 where text is scarce."""
-        train = self._tallies["train"].tokens
+    def describe(self, share: float) -> dict[str, Any]:
+        """The corpus in the manifest."""
         splits = {split: tally.describe() for split, tally in self._tallies.items()}
         splits["train"]["duplicates_of_held_out_removed"] = self._num_duplicates
         return {
@@ -189,7 +188,6 @@ class Corpus:
             "instruction": self.is_instruction,
             "weight": self.source.weight,
             "share": share,
-            "epochs": train_tokens / train if train else 0.0,
             **({"stream": True} if self.source.stream else {}),
             **splits,
         }

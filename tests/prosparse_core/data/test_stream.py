@@ -50,7 +50,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = base / "store" / "mixture" / "x"
     folder.mkdir(parents=True)
-    prepare(data, tiny_tokenizer(chat=CHAT), folder, seed=SEED, train_tokens=10_000)
+    prepare(data, tiny_tokenizer(chat=CHAT), folder, seed=SEED)
     return folder
 
 
