@@ -148,7 +148,10 @@ def test_learning_rate_is_a_loop_that_remembers(
         (["train.schedule=constant", "train.stages.3.phase=decay"], "use schedule: wsd"),
         (["train.schedule=wsd", "train.stages.3.phase=decay", "train.lr_min_ratio=0"], "does not reach lr_min_ratio=0"),
         (["train.schedule=wsd", "train.stages.2.phase=decay"], "stages[3].lr is missing"),
-        (["train.schedule=wsd", "train.stages.3.phase=decay", "train.warmup_steps=46"], "falls before train.warmup_steps"),
+        (
+            ["train.schedule=wsd", "train.stages.3.phase=decay", "train.warmup_steps=46"],
+            "falls before train.warmup_steps",
+        ),
         (["train.stages.3.half_life=3"], "only with schedule: wsd"),
         (["train.stages.3.warmup_steps=16"], "more than the stage's 15 steps"),
         (["train.stages.0.warmup_steps=2"], "the run's warm-up is train.warmup_steps"),
