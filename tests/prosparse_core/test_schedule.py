@@ -192,3 +192,26 @@ def test_every_ramp_ends_at_its_factor_and_passes_its_middle(ramp: str, halfway:
 def test_a_steered_stage_has_no_factor_of_its_own() -> None:
     stages = [Stage(until_step=10, l1=0), Stage.model_validate({"until_step": 20, "target_sparsity": 0.8})]
     assert [l1_lambda(stages, step) for step in (10, 11, 20)] == [0, 0, 0]
+
+
+def test_minicpms_recipe_decays_with_mixed_data_and_ends_on_instructions_alone() -> None:
+    recipe = recipes.load("minicpm-1b")
+    train = recipe.train
+    weights = {source.name: source.weight for source in recipe.data.sources}
+    assert weights["ultrachat"] == 0
+    assert [(s.phase, s.mixture and s.mixture.get("ultrachat")) for s in train.stages[-3:]] == [
+        ("prosparse", None), ("decay", 0.15), ("sft", 1),
+    ]  # fmt: skip
+    assert set(train.stages[-2].mixture or {}) == set(weights)
+    assert list(train.stages[-1].mixture or {}) == ["ultrachat"]
+    assert [learning_rate(train, s) for s in (50, 100, 35_000, 40_000, 45_000, 95_000, 95_050, 95_100, 101_000)] == (
+        pytest.approx([5e-5, 1e-4, 1e-4, 5e-5, 2.5e-5, 1e-5, 5e-6, 1e-5, 1e-5])
+    )
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-13b", "llama2-70b"])
+def test_the_llama_recipes_warm_up_after_the_cliff(name: str) -> None:
+    train = recipes.load(name).train
+    assert train.schedule == "cosine"
+    assert [learning_rate(train, s) / train.lr for s in (1, 50, 100)] == pytest.approx([0.01, 0.5, 1])
+    assert learning_rate(train, train.total_steps) == 0
