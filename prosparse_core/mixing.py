@@ -4,8 +4,9 @@ Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
 
     manifest.json                     what it is made of, in tokens, documents and files
     train/CORPUS.tokens.npy           int32 [windows, seq_len]
+    train/CORPUS.begins.npy           uint8 [windows, ceil(seq_len / 8)], packed bits: 1 where another document begins
     train/CORPUS.mask.npy             uint8 [windows, seq_len], 1 where the token is a label; instruction corpora only
-    calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .mask.npy)
+    calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .begins.npy, .mask.npy)
     calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt?, num_tokens}
     evaluation/CORPUS.jsonl           likewise, of other files
     evaluation/choices.jsonl          {id, file, question, choices, answer}: made of held-out evaluation code
@@ -28,7 +29,7 @@ from prosparse_core.data.packing import Encoder
 from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
 from prosparse_core.data.sources import Document
 from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
-from prosparse_core.data.stream_reader import Streams
+from prosparse_core.data.stream_reader import Row, Streams
 from prosparse_core.progress import Progress, Silent
 from prosparse_core.recipe import Data
 from prosparse_core.recipe_mixture import BLOCK, block_counts, trained_corpora
@@ -106,15 +107,18 @@ def prepare(
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` and ``labels`` int64 [sequences, seq_len].
+    """``tokens``, ``labels`` and ``positions`` int64 [sequences, seq_len].
 
-    Labels equal tokens, or are -100 where there is no loss; the model shifts them.
+    Labels equal tokens, or are -100 where there is no loss; the model shifts them. Positions count from 0 in each
+    document, which sees no other (:mod:`prosparse_core.document_masks`); None where documents attend to each other.
+    A token with which a document begins by itself (BOS) is then no label: it would be predicted from another document.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     corpora: list[int]
     """Of each sequence: its place in :attr:`Mixture.corpora`."""
+    positions: torch.Tensor | None = None
 
 
 @dataclass
@@ -122,6 +126,7 @@ class _Windows:
     """The windows of a corpus that lies on disk whole; its samples go over them, shuffled anew in each epoch."""
 
     tokens: np.ndarray
+    begins: np.ndarray
     mask: np.ndarray | None
     key: tuple[object, ...] = ()
     epochs: dict[int, np.ndarray] = field(default_factory=dict)
@@ -135,9 +140,9 @@ class _Windows:
             self.epochs[epoch] = permutation(len(self.tokens), *self.key, epoch)
         return int(self.epochs[epoch][at])
 
-    def window(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def window(self, turn: int) -> Row:
         place = self.place(turn)
-        return self.tokens[place], None if self.mask is None else self.mask[place]
+        return self.tokens[place], self.begins[place], None if self.mask is None else self.mask[place]
 
 
 @dataclass
@@ -148,7 +153,7 @@ class _Streamed:
     name: str
     key: tuple[object, ...]
 
-    def window(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def window(self, turn: int) -> Row:
         return self.streams.window(self.name, turn, lambda shard, n: permutation(n, *self.key, shard))
 
 
@@ -162,6 +167,7 @@ class Mixture:
         stages: of the training, up to the one whose batches are taken; without them, every batch has the weights of
             ``data.sources``.
         work: where the shards of streamed corpora may lie while batches are taken, in rising steps; then :meth:`close`.
+        attend_across: documents of a window attend to each other (``data.attend_across_documents``).
         prepares: whether this process has the shards prepared; of several that read the same ``work``, one does.
     """
 
@@ -172,13 +178,14 @@ class Mixture:
         work: Path | None = None,
         *,
         stages: Sequence[Stage] = (),
+        attend_across: bool = False,
         prepares: bool = True,
     ) -> None:
         self._folder, self._seed = Path(folder), seed
         self._streams = Streams(self._folder, work, prepares=prepares) if work is not None else None
         self.manifest: dict[str, Any] = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
         self.seq_len: int = self.manifest["seq_len"]
-        self._stages = tuple(stages)
+        self._stages, self.attend_across = tuple(stages), attend_across
         self._train = [
             self._open_train(entry["name"], bool(entry.get("stream"))) if entry["trained"] else None
             for entry in self.manifest["corpora"]
@@ -192,23 +199,38 @@ class Mixture:
 
     def batch(self, step: int, sequences: int) -> Batch:
         """The samples ``(step - 1) * sequences`` and following; ``step`` counts from 1."""
-        import torch
-
         assert step >= 1
         assert sequences >= 1
-        tokens = np.empty((sequences, self.seq_len), dtype=np.int64)
-        labels = np.empty_like(tokens)
-        corpora = []
+        rows, corpora = [], []
         order, first = self._order(sequences), (step - 1) * sequences
         self._release(order, first)
         for row in range(sequences):
             corpus, turn = order.turn(first + row)
             source = self._train[corpus]
             assert source is not None
-            tokens[row], mask = source.window(turn)
-            labels[row] = tokens[row] if mask is None else np.where(mask, tokens[row], -100)
+            rows.append(source.window(turn))
             corpora.append(corpus)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), corpora)
+        return self._batch_of(rows, corpora)
+
+    def _batch_of(self, rows: Sequence[Row], corpora: list[int]) -> Batch:
+        import torch
+
+        from prosparse_core.document_masks import positions_of
+
+        shape = (len(rows), self.seq_len)
+        tokens = np.array([row for row, _, _ in rows], dtype=np.int64).reshape(shape)
+        masks = np.array([np.ones_like(row) if mask is None else mask for row, _, mask in rows]).reshape(shape)
+        labels = torch.from_numpy(np.where(masks, tokens, -100))
+        positions = None
+        if not self.attend_across:
+            packed = np.array([begins for _, begins, _ in rows], dtype=np.uint8).reshape(
+                len(rows), -(-self.seq_len // 8)
+            )
+            begins = torch.from_numpy(np.unpackbits(packed, axis=-1, count=self.seq_len)).bool()
+            positions = positions_of(begins)
+            if self.manifest["tokenizer"]["document_prefix"]:
+                labels.masked_fill_(positions == 0, -100)
+        return Batch(torch.from_numpy(tokens), labels, corpora, positions)
 
     def close(self) -> None:
         """End the preparation of streamed corpora, if there are any."""
@@ -241,14 +263,12 @@ class Mixture:
             self._seed, segments_of({e["name"]: e["samples_per_block"] for e in entries}, self._stages, sequences)
         )
 
-    def calibration(self, corpus: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Held-out windows for the threshold search: tokens and labels, int64 [windows, seq_len]."""
-        import torch
-
-        windows = self._open("calibration", corpus)
-        tokens = np.array(windows.tokens, dtype=np.int64)
-        labels = tokens.copy() if windows.mask is None else np.where(windows.mask, tokens, -100)
-        return torch.from_numpy(tokens), torch.from_numpy(labels)
+    def calibration(self, corpus: str) -> Batch:
+        """Held-out windows for the threshold search; without a corpus's windows, a batch of none."""
+        found = self._open("calibration", corpus)
+        masks = [None] * len(found.tokens) if found.mask is None else found.mask
+        rows = list(zip(found.tokens, found.begins, masks, strict=True))
+        return self._batch_of(rows, [self.corpora.index(corpus)] * len(rows))
 
     def held_out(self, split: str, corpus: str) -> list[Document]:
         """The documents of ``calibration`` or ``evaluation``; ``packing.Encoder`` turns them into tokens."""
@@ -258,8 +278,10 @@ class Mixture:
 
     def _open(self, split: str, name: str) -> _Windows:
         mask = self._folder / split / f"{name}.mask.npy"
-        tokens = np.load(self._folder / split / f"{name}.tokens.npy", mmap_mode="r")
-        return _Windows(tokens, np.load(mask, mmap_mode="r") if mask.exists() else None, (self._seed, name))
+        tokens, begins = (
+            np.load(self._folder / split / f"{name}.{k}.npy", mmap_mode="r") for k in ("tokens", "begins")
+        )
+        return _Windows(tokens, begins, np.load(mask, mmap_mode="r") if mask.exists() else None, (self._seed, name))
 
     def _open_train(self, name: str, is_streamed: bool) -> _Windows | _Streamed | None:
         if not is_streamed:

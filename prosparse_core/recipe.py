@@ -89,6 +89,9 @@ class Data(Section):
 
     seq_len: int = Field(gt=1)
     sources: list[Source] = Field(min_length=1)
+    attend_across_documents: bool = False
+    """Let a document attend to those before it in its packed window. False: the documents of a window do not see each
+    other, in training (the teacher too), in calibration and in what predictors learn from."""
     stream_shards: int = Field(default=4, ge=2)
     """Into how many shards the ``max_tokens`` of a streamed source are cut."""
     calibration_tokens: int = Field(default=8192, gt=0)

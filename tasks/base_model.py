@@ -63,10 +63,12 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
         activations: what is going to be put into the model.
 
     Raises:
-        BadInput: dReLU without a gate, or predictors on the input before a norm that is not there.
+        BadInput: dReLU without a gate, predictors on the input before a norm that is not there, or documents that
+            cannot be kept apart.
     """
     if dense.folder is None:
         return
+    from prosparse_core.document_masks import way_of
     from prosparse_core.prediction.input import require_norm
     from prosparse_core.substitute import require_up
 
@@ -76,6 +78,18 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
         require_norm(config, family)
     if "drelu" in activations:
         require_up(family, "drelu")
+    if not run.recipe.data.attend_across_documents:
+        way_of(config, family)
+
+
+def config_before(model: Model) -> dict[str, Any] | None:
+    """The config of the dense model, with the recipe's family, before it is here; None where only a hub, a package or a
+    GGUF has it."""
+    kind, _, rest = model.source.partition(":")
+    if kind == "random":
+        return _with_family({**model.config, "model_type": rest}, model)
+    folder = Path(model.source).expanduser()
+    return _with_family(check_folder(folder, model.family), model) if folder.is_dir() else None
 
 
 def identity(model: Model) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL
 from tasks.step import Run, Work
 
-VERSION = 2
+VERSION = 3
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
@@ -21,7 +21,7 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
         lambda work: _build(work, run, dense),
         version=VERSION,
         config={
-            "data": data.model_dump(mode="json"),
+            "data": data.model_dump(mode="json", exclude={"attend_across_documents"}),
             "identity": {s.name: source_identity(s) for s in data.sources},
             "trained": trained_corpora({s.name: s.weight for s in data.sources}, run.recipe.train.stages),
         },

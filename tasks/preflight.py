@@ -11,6 +11,7 @@ from typing import Any
 from kernels.build import find_compiler
 from prosparse_core import settings
 from prosparse_core.errors import BadInput, EnvironmentProblem
+from prosparse_core.families import require_family
 from prosparse_core.planning.cost import shape_of
 from prosparse_core.planning.disk import disk
 from prosparse_core.precision import resolve_device
@@ -30,7 +31,8 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
     Raises:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
             is unknown or not allowed, a setting the recipe lacks something for, an imported folder that was not trained
-            with ReLU as its row says, more training processes than GPUs.
+            with ReLU as its row says, more training processes than GPUs, an architecture that cannot keep the documents
+            of a window apart.
         EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
     from prosparse_core.data.sources import check_source
@@ -49,6 +51,7 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
             _check_import(imported)
     else:
         settings.require_relu(recipe)
+    _check_documents(recipe)
     _check_devices(recipe.runtime)
     _check_compiler(recipe.runtime)
     shape = shape_of(recipe.model)
@@ -57,6 +60,15 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
         most = disk(recipe, shape, *stages).most[recipe.runtime.keep]
         # What an earlier attempt has left is not needed once more.
         require_space(home, max(0, most - _size(home / "store")), f"a run of {recipe.name}")
+
+
+def _check_documents(recipe: Recipe) -> None:
+    """Documents of a window can be kept apart, as far as the model's config is here."""
+    config = base_model.config_before(recipe.model)
+    if config is not None and not recipe.data.attend_across_documents:
+        from prosparse_core.document_masks import way_of
+
+        way_of(config, require_family(config, where="model"))
 
 
 def _check_import(imported: Imported) -> None:

@@ -12,7 +12,7 @@ from prosparse_core.store import Artifact, read_record
 from prosparse_core.variants import MODEL, OPTIMIZER
 from tasks.step import Run, Work
 
-VERSION = 3
+VERSION = 4
 DISTILLATION_VERSION = 2
 STEERING_VERSION = 3
 """Of what a teacher adds to the loss, and of how lambda is steered: raised alone, they leave the other stages alone."""
@@ -54,6 +54,7 @@ def train_stage(
         "train": train.model_dump(mode="json", exclude={"stages"}),
         **({"total_steps": train.total_steps} if train.schedule == "cosine" else {}),
         "precision": precision,
+        "attend_across_documents": run.recipe.data.attend_across_documents,
         **({} if stage.distill is None else {"distillation": DISTILLATION_VERSION}),
         **({} if stage.target_sparsity is None else {"steering": STEERING_VERSION}),
     }
@@ -144,6 +145,7 @@ def _build(
         precision=precision,
         device=device,
         runtime=runtime,
+        attend_across=run.recipe.data.attend_across_documents,
     )
     if runtime.is_launched:
         from prosparse_core.distributed.launch import launch

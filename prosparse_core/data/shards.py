@@ -69,7 +69,8 @@ class Corpus:
         self._num_duplicates = 0
 
     def _pack(self, encoded: Iterable[Encoded]) -> Iterator[Window]:
-        return (pack_whole if self.is_instruction else pack_texts)(encoded, self._data.seq_len)
+        pack = pack_whole if self.is_instruction else pack_texts
+        return pack(encoded, self._data.seq_len, self._encoder.num_leading(is_chat=self.is_instruction))
 
     def write_held_out(self, folder: Path) -> set[bytes]:
         """Draw until both held-out splits have their tokens; returns the keys of what training must not see."""
@@ -194,21 +195,23 @@ class Corpus:
 
 
 class Shard:
-    """The windows of one corpus in one split: tokens, and the label mask where not every token is one."""
+    """The windows of one corpus in one split: tokens, beginnings of documents, and labels where not all tokens are."""
 
     def __init__(self, folder: Path, name: str, seq_len: int, with_mask: bool) -> None:
         self._tokens = RowWriter(folder / f"{name}.tokens.npy", seq_len, np.int32)
+        self._begins = RowWriter(folder / f"{name}.begins.npy", -(-seq_len // 8), np.uint8)
         self._mask = RowWriter(folder / f"{name}.mask.npy", seq_len, np.uint8) if with_mask else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Shard:
-        for writer in (self._tokens, self._mask):
+        for writer in (self._tokens, self._begins, self._mask):
             if writer is not None:
                 self._stack.enter_context(writer)
         return self
 
     def add(self, window: Window) -> None:
         self._tokens.add(window.tokens)
+        self._begins.add(np.packbits(window.begins))
         if self._mask is not None:
             self._mask.add(window.mask)
 

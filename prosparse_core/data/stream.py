@@ -121,12 +121,12 @@ class Maker:
                 yield from self._encoder.encode([d for d in _batch(documents, max_chars) if self._is_trained(d)])
 
         with Shard(self._scratch, name, seq_len, with_mask) as shard:
-            for window in pack(encoded(), seq_len):
+            for window in pack(encoded(), seq_len, self._encoder.num_leading(is_chat=with_mask)):
                 shard.add(window)
                 count += 1
         state = ShardState(number, start, count, position, stream.position)
         write_json(self._index / f"{shard_name(self.name, number)}.json", asdict(state))
-        for kind in ("mask", "tokens"):  # a reader looks for the tokens
+        for kind in ("mask", "begins", "tokens"):  # a reader looks for the tokens
             made = self._scratch / f"{name}.{kind}.npy"
             if made.exists():
                 if state.end > needed:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_corpora import SEED, SEQ_LEN, digests, notes, real_data
+from tiny_corpora import SEED, SEQ_LEN, data_of, digests, files, notes, real_data
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
 from prosparse_core.data.packing import Encoder
@@ -70,9 +71,9 @@ def test_the_folder_has_what_the_layout_says(prepared: Path) -> None:
     assert {p.relative_to(prepared).as_posix() for p in prepared.rglob("*") if p.is_file()} == {
         "manifest.json",
         "evaluation/choices.jsonl",
-        *(f"train/{name}.tokens.npy" for name in (*text, chat)),
+        *(f"train/{name}.{kind}.npy" for name in (*text, chat) for kind in ("tokens", "begins")),
         f"train/{chat}.mask.npy",
-        *(f"calibration/{name}.tokens.npy" for name in (*text, chat, "notes")),
+        *(f"calibration/{name}.{kind}.npy" for name in (*text, chat, "notes") for kind in ("tokens", "begins")),
         f"calibration/{chat}.mask.npy",
         *(f"{split}/{name}.jsonl" for split in ("calibration", "evaluation") for name in (*text, chat, "notes")),
     }
@@ -161,7 +162,8 @@ def test_held_out_documents_become_the_tokens_that_were_counted(prepared: Path, 
 def test_calibration_windows_are_the_held_out_text(mixture: Mixture) -> None:
     encoder = Encoder(tiny_tokenizer(chat=CHAT))
     for corpus in mixture.corpora:
-        tokens, labels = mixture.calibration(corpus)
+        batch = mixture.calibration(corpus)
+        tokens, labels = batch.tokens, batch.labels
         assert tokens.dtype == labels.dtype == torch.int64
         assert tokens.shape == labels.shape
         assert tokens.numel() >= 4096
@@ -173,6 +175,39 @@ def test_calibration_windows_are_the_held_out_text(mixture: Mixture) -> None:
             assert torch.equal(tokens, labels)
             joined = np.concatenate([e.tokens for e in encoded])[: tokens.numel()]
             assert tokens.ravel().tolist() == joined.tolist()
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_positions_count_from_the_beginning_of_each_document(tmp_path: Path, adds_bos: bool) -> None:
+    """On disk, in a stream of shards, and held out: from BOS, or from the separator before a text."""
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    folder = tmp_path / "store" / "mixture" / "x"
+    folder.mkdir(parents=True)
+    path = notes(tmp_path / "notes", 80)
+    data = data_of(files("whole", path), files("streamed", path, stream=True, max_tokens=2000), stream_shards=2)
+    prepare(data, tokenizer, folder, seed=SEED)
+    first = tokenizer.bos_token_id if adds_bos else tokenizer.eos_token_id
+    with contextlib.closing(Mixture(folder, SEED, tmp_path / "work")) as mixture:
+        batches = [mixture.batch(step, 8) for step in range(1, 4)] + [mixture.calibration("whole")]
+    with contextlib.closing(Mixture(folder, SEED, tmp_path / "work", attend_across=True)) as mixture:
+        across = [mixture.batch(step, 8) for step in range(1, 4)] + [mixture.calibration("whole")]
+    assert {c for batch in batches for c in batch.corpora} == {0, 1}
+    seen = 0
+    for batch, other in zip(batches, across, strict=True):
+        assert other.positions is None
+        assert torch.equal(batch.tokens, other.tokens)
+        assert torch.equal(other.labels, other.tokens)
+        assert batch.positions is not None
+        for tokens, positions, labels in zip(batch.tokens, batch.positions, batch.labels, strict=True):
+            expected, position = [], 0
+            for place, token in enumerate(tokens.tolist()):
+                position = 0 if place == 0 or token == first else position + 1
+                expected.append(position)
+            assert positions.tolist() == expected
+            seen += sum(p == 0 for p in expected[1:])
+            # BOS is never predicted from another document; the separator ends the one before, which predicts it
+            assert torch.equal(labels, tokens.masked_fill(positions == 0, -100) if adds_bos else tokens)
+    assert seen >= 4
 
 
 def test_labels_of_instructions_are_answers(mixture: Mixture) -> None:
@@ -190,7 +225,7 @@ def test_labels_of_instructions_are_answers(mixture: Mixture) -> None:
                 assert "<|user|>" not in answers
             else:
                 assert torch.equal(tokens, labels)
-    assert seen > 10
+    assert seen >= 4
 
 
 # batch(step)

@@ -99,7 +99,7 @@ def test_perplexity_at_every_cutoff_beside_the_exact_one(base: Any) -> None:
     artifact, _ = make(base, epochs=1, target_recall=0.9)
     model, tokenizer = load_variant(Variant("prosparse", base.dense, "relu"))
     windows = held_out_tokens(base.corpora.path, tokenizer, 400)
-    assert 400 <= sum(w.numel() for w in windows) < 400 + 64
+    assert 400 <= sum(w.tokens.numel() for w in windows) < 400 + 64
     trained = [predictors.load(artifact.path, i) for i in range(3)]
     meta = artifact.meta()
     rows = {r["task"]: r for r in facts(artifact, "evaluations")}
