@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import document_mask_cost
 import pytest
 import torch
 from models import MODEL_TYPES, tiny, tokens
@@ -159,3 +160,12 @@ def test_every_family_says_how() -> None:
     assert llama is not None
     assert way_of({"model_type": "llama"}, llama) == "positions"
     assert len(find_ffns(tiny("llama"))) == 3
+
+
+def test_the_cost_is_measured_in_pairs() -> None:
+    sizes = {"vocab_size": 96, "max_position_embeddings": 256}
+    said = document_mask_cost.measure(seq_len=64, sequences=2, document=10, pairs=3, sizes=sizes)
+    assert said["documents"] > 4  # type: ignore[operator]
+    for clock in ("cpu", "wall"):
+        low, middle, high = (said[f"{clock}_ratio{end}"] for end in ("_20", "", "_80"))
+        assert 0 < low <= middle <= high  # type: ignore[operator]

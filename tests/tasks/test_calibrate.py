@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from flows.summary import of_run
 from prosparse_core.calibration import MIXED
 from prosparse_core.errors import BadInput
+from prosparse_core.mixing import Batch
 from prosparse_core.store import Artifact
 from prosparse_core.thresholds import THRESHOLDS
 from prosparse_core.variants import Variant

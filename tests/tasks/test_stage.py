@@ -207,6 +207,19 @@ def test_a_corpus_of_weight_0_that_a_stage_trains_on_gets_its_windows(base: Any,
     assert [e["trained"] for e in corpora_of(mixture(run, base.dense))] == [True, False]
 
 
+def test_keeping_documents_apart_is_part_of_a_stage_and_not_of_the_mixture(base: Any) -> None:
+    data = {**base.recipe["data"], "attend_across_documents": True}
+    train = {"tokens_per_step": 2048, "lr": 1e-3, "stages": [{"until_step": 1, "l1": 0}]}
+    losses = []
+    for changes in ({}, {"data": data}):
+        run, _ = base.run(train=train, **changes)
+        corpora = mixture(run, base.dense)
+        assert corpora.folder == base.corpora.folder
+        stage = train_stage(run, run.recipe.train, 0, base.dense, corpora, dense=base.dense)
+        losses.append(json.loads((stage.path / "log.jsonl").read_text())["lm_loss"])
+    assert losses[0] != losses[1]
+
+
 def corpora_of(corpora: Artifact) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((corpora.path / "manifest.json").read_text())["corpora"]
     return found
