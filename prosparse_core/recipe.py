@@ -16,6 +16,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.family import Family
+from prosparse_core.recipe_data import Data as Data
+from prosparse_core.recipe_data import Source as Source
 from prosparse_core.recipe_machine import Hardware, Shape
 from prosparse_core.recipe_mixture import mixture_problems
 from prosparse_core.recipe_runtime import Runtime as Runtime
@@ -44,84 +46,6 @@ class Model(Section):
     """Run the code that comes with the checkpoint, for an architecture that transformers does not have."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast precision of every forward pass (weights stay fp32); ``auto`` is bf16 where the hardware has it."""
-
-
-class Source(Section):
-    """One corpus of the mixture."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    kind: Literal["python-code", "package-docs", "code-instructions", "hub", "files"]
-    weight: float = Field(ge=0)
-    """0: the corpus is measured on, and trained on only by stages whose ``mixture`` names it."""
-    max_tokens: int = Field(default=400_000, gt=0)
-    """At most this many training tokens are prepared; a longer run goes over them again, which its stages say."""
-    stream: bool = False
-    """Kinds hub and files: prepare the text in shards while training goes on, and remove what was used; ``max_tokens``
-    is then what lies on disk at a time. For text that does not fit there."""
-    path: str | None = None
-    """hub: the dataset id; files: a file, a folder or a glob of parquet, jsonl or text files."""
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    column: str = "text"
-    """The column that holds the text, when no template is given."""
-    template: str | None = None
-    """Text from several columns: ``"{question}\\n{answer}"``."""
-    prompt: str | None = None
-    answer: str | None = None
-    """Templates of an instruction corpus: chat format, loss on the answer only."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Source:
-        if self.kind in ("hub", "files") and not self.path:
-            raise ValueError(f"a source of kind {self.kind!r} needs a path")
-        if self.stream and self.kind not in ("hub", "files"):
-            raise ValueError(f"a source of kind {self.kind!r} is small: it cannot be streamed")
-        if (self.prompt is None) != (self.answer is None):
-            raise ValueError("prompt and answer go together")
-        if self.prompt is not None and self.template is not None:
-            raise ValueError("give either a template or prompt and answer")
-        return self
-
-
-class Data(Section):
-    """The mixture: corpora with weights, packed to a fixed length; held-out files per corpus."""
-
-    seq_len: int = Field(gt=1)
-    sources: list[Source] = Field(min_length=1)
-    attend_across_documents: bool = False
-    """Let a document attend to those before it in its packed window. False: the documents of a window do not see each
-    other, in training (the teacher too), in calibration and in what predictors learn from."""
-    stream_shards: int = Field(default=4, ge=2)
-    """Into how many shards the ``max_tokens`` of a streamed source are cut."""
-    calibration_tokens: int = Field(default=8192, gt=0)
-    """Held-out tokens per corpus on which thresholds are chosen."""
-    evaluation_tokens: int = Field(default=8192, gt=0)
-    """Held-out tokens per corpus on which everything is reported; other files than calibration's."""
-    choice_questions: int = Field(default=60, ge=0)
-    """Multiple-choice questions (docstring -> function body) made of held-out code."""
-
-    @field_validator("sources")
-    @classmethod
-    def _names(cls, sources: list[Source]) -> list[Source]:
-        names = [s.name for s in sources]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two sources have the same name: {', '.join(twice)}")
-        for reserved in {"mixed", "choices"} & set(names):
-            raise ValueError(f"a source cannot be named {reserved!r}: that name is taken in files and tables")
-        if sum(s.weight for s in sources) <= 0:
-            raise ValueError("the weights of all sources are 0")
-        return sources
-
-    @model_validator(mode="after")
-    def _one_window(self) -> Data:
-        if self.calibration_tokens < self.seq_len:
-            raise ValueError(
-                f"data.calibration_tokens={self.calibration_tokens} is less than one window "
-                f"(data.seq_len={self.seq_len}): thresholds are chosen on whole windows"
-            )
-        return self
 
 
 class Calibrate(Section):

@@ -63,12 +63,10 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
         activations: what is going to be put into the model.
 
     Raises:
-        BadInput: dReLU without a gate, predictors on the input before a norm that is not there, or documents that
-            cannot be kept apart.
+        BadInput: dReLU without a gate, or predictors on the input before a norm that is not there.
     """
     if dense.folder is None:
         return
-    from prosparse_core.document_masks import way_of
     from prosparse_core.prediction.input import require_norm
     from prosparse_core.substitute import require_up
 
@@ -78,18 +76,6 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
         require_norm(config, family)
     if "drelu" in activations:
         require_up(family, "drelu")
-    if not run.recipe.data.attend_across_documents:
-        way_of(config, family)
-
-
-def config_before(model: Model) -> dict[str, Any] | None:
-    """The config of the dense model, with the recipe's family, before it is here; None where only a hub, a package or a
-    GGUF has it."""
-    kind, _, rest = model.source.partition(":")
-    if kind == "random":
-        return _with_family({**model.config, "model_type": rest}, model)
-    folder = Path(model.source).expanduser()
-    return _with_family(check_folder(folder, model.family), model) if folder.is_dir() else None
 
 
 def identity(model: Model) -> dict[str, Any]:
@@ -108,7 +94,7 @@ def _source(model: Model) -> dict[str, Any]:
     kind, _, rest = model.source.partition(":")
     if kind == "random":
         config = {**model.config, "model_type": rest}
-        require_family(_with_family(config, model), where="model.source")
+        require_family(with_family(config, model), where="model.source")
         _check_activation(config, model, where="model.config")
         return {"source": model.source, "config": model.config}
     if model.config:
@@ -148,7 +134,7 @@ def _check_activation(config: Mapping[str, Any], model: Model, *, where: str) ->
     Raises:
         BadInput: it is one of ours, with which a model is no dense one, or nobody's.
     """
-    described = _with_family(config, model)
+    described = with_family(config, model)
     name, family = activation_name(described), family_of(described)
     if name in OWN_ACTIVATIONS:
         raise BadInput(
@@ -206,7 +192,7 @@ def _settle_config(folder: Path, model: Model) -> None:
     where the code it names is in the folder: then, and only then, is code of a model folder run."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    config = _with_family(saved, model)
+    config = with_family(saved, model)
     code = config.pop("auto_map", None)
     if code and model.trust_remote_code:
         local = {auto: str(name).rpartition("--")[2] for auto, name in code.items() if isinstance(name, str)}
@@ -215,7 +201,7 @@ def _settle_config(folder: Path, model: Model) -> None:
         write_json(path, config)
 
 
-def _with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     described = (
         {} if model.family is None else {FAMILY_KEY: model.family.model_dump(mode="json", exclude_defaults=True)}
     )
@@ -269,7 +255,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
             config: Any = GraniteConfig(**minicpm.granite_config(raw))
         else:
             config = AutoConfig.from_pretrained(source, **options)
-        require_family(_with_family(config.to_dict(), model), where=source)
+        require_family(with_family(config.to_dict(), model), where=source)
         work.progress.note(f"reading {source}" + (f" at {model.revision}" if model.revision else ""))
         loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto", **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -305,7 +291,7 @@ def _require_fit(loaded: Any, model: Model) -> None:
     Raises:
         BadInput: see ``find_ffns``.
     """
-    loaded.config.update(_with_family({}, model))
+    loaded.config.update(with_family({}, model))
     find_ffns(loaded)
 
 
@@ -321,7 +307,7 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     logging.disable_progress_bar()
     with _read_once(), _reported(gguf_reader, work):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        require_family(_with_family(config.to_dict(), model), where=str(path))
+        require_family(with_family(config.to_dict(), model), where=str(path))
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}

@@ -11,7 +11,6 @@ from typing import Any
 from kernels.build import find_compiler
 from prosparse_core import settings
 from prosparse_core.errors import BadInput, EnvironmentProblem
-from prosparse_core.families import require_family
 from prosparse_core.planning.cost import shape_of
 from prosparse_core.planning.disk import disk
 from prosparse_core.precision import resolve_device
@@ -20,6 +19,7 @@ from prosparse_core.store import require_space
 from tasks import base_model
 from tasks.evaluation.benchmarks import plan_benchmarks
 from tasks.evaluation.checkpoint import config_of, of_source
+from tasks.mixture import require_documents_apart
 
 
 def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
@@ -64,11 +64,14 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
 
 def _check_documents(recipe: Recipe) -> None:
     """Documents of a window can be kept apart, as far as the model's config is here."""
-    config = base_model.config_before(recipe.model)
-    if config is not None and not recipe.data.attend_across_documents:
-        from prosparse_core.document_masks import way_of
-
-        way_of(config, require_family(config, where="model"))
+    kind, _, rest = recipe.model.source.partition(":")
+    folder = Path(recipe.model.source).expanduser()
+    if kind == "random":
+        require_documents_apart(
+            recipe, base_model.with_family({**recipe.model.config, "model_type": rest}, recipe.model)
+        )
+    elif folder.is_dir():
+        require_documents_apart(recipe, base_model.with_family(config_of(folder), recipe.model))
 
 
 def _check_import(imported: Imported) -> None:
