@@ -109,7 +109,7 @@ def test_perplexity_at_every_cutoff_beside_the_exact_one(base: Any) -> None:
     }
     exact = measure_windows(model, windows, "fp32")
     assert rows["predictor/exact"]["value"] == meta["exact_perplexity"] == pytest.approx(exact.perplexity, rel=1e-9)
-    assert rows["predictor/exact"]["n"] == exact.num_tokens == sum(w.shape[1] - 1 for w in windows)
+    assert rows["predictor/exact"]["n"] == exact.num_tokens == sum(w.tokens.shape[1] - 1 for w in windows)
     for entry in [*meta["per_cutoff"], meta["chosen"]]:
         cutoffs = entry.get("cutoffs") or [entry["cutoff"]] * 3
         with PredictedMask(model, trained, cutoffs, "post_norm"):
