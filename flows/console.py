@@ -19,7 +19,7 @@ from rich.text import Text
 
 from flows import summary
 from flows.benchmark_table import benchmark_table
-from flows.plan_table import cost_rows, memory_rows, tokens, verdict
+from flows.plan_table import cost_rows, memory_rows, stage_rows, verdict
 from prosparse_core.planning.cost import Cost
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Recipe
@@ -228,8 +228,7 @@ def print_plan(recipe: Recipe, run: Run, cost: Cost | None) -> None:
     if cost is None:
         say("cost: n/a until the model is here (give model.shape in the recipe to estimate it before)")
         return
-    stages = [[s.index, f"{s.first_step:,}-{s.until_step:,}", s.ramp, s.l1, tokens(s.tokens)] for s in cost.stages]
-    table(["stage", "steps", "ramp", "lambda at its end", "tokens, accumulated"], stages)
+    table(["stage", "steps", "ramp", "lambda at its end", "lr", "corpora", "tokens, accumulated"], stage_rows(cost))
     table(["cost", "estimate"], cost_rows(cost))
     what = "rank" if cost.layout.world > 1 else "process"
     table([f"memory of a {what}", "estimate"], memory_rows(cost), title=f"fullest when {cost.memory.moment}")

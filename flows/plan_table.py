@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from prosparse_core.planning.cost import Cost
 from prosparse_core.planning.hardware import GIB
@@ -18,6 +18,7 @@ def cost_rows(cost: Cost) -> Rows:
     return [
         ["parameters", f"{cost.parameters / 1e6:,.1f} M"],
         ["training tokens", tokens(cost.tokens)],
+        ["of each corpus", ", ".join(f"{name} {tokens(taken)}" for name, taken in cost.corpora.items())],
         ["training FLOPs", f"{cost.flops:.3g}"],
         ["hardware", cost.hardware],
         *([["", cost.remark]] if cost.remark else []),
@@ -53,6 +54,28 @@ def _processes(count: int) -> str:
 
 def _hours(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 0.1 else "under 0.1"
+
+
+def stage_rows(cost: Cost) -> list[list[Any]]:
+    """Steps, lambda, learning rate (at the first step and at the last) and corpora; these only where they change."""
+    rows: list[list[Any]] = []
+    before: dict[str, float] | None = None
+    for stage in cost.stages:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in stage.mixture.items())
+        rate = " to ".join(dict.fromkeys(f"{rate:.3g}" for rate in stage.lr))
+        rows.append(
+            [
+                f"{stage.index}" + ("" if stage.phase == "prosparse" else f" · {stage.phase}"),
+                f"{stage.first_step:,}-{stage.until_step:,}",
+                stage.ramp,
+                stage.l1,
+                rate,
+                "as before" if stage.mixture == before else shares,
+                tokens(stage.tokens),
+            ]
+        )
+        before = stage.mixture
+    return rows
 
 
 def memory_rows(cost: Cost) -> Rows:

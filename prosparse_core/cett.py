@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prosparse_core.document_masks import forward_arguments
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FFN, find_ffns
 from prosparse_core.forward import last_logits_only
@@ -28,6 +29,8 @@ from prosparse_core.precision import Precision, autocast
 NUM_CANDIDATES = 1024
 """Thresholds measured of each layer: quantiles of its live gates, so that neighbours are 0.1 % of them apart."""
 MAX_WINDOWS = 64
+Windows = tuple[Tensor, Tensor, Tensor | None]
+"""Tokens, labels and positions (:mod:`prosparse_core.document_masks`) of a corpus."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def thresholds_at(curves: Sequence[LayerCurve], cett: float) -> list[float]:
 @torch.inference_mode()
 def measure_cett(
     model: nn.Module,
-    windows: Sequence[tuple[Tensor, Tensor]],
+    windows: Sequence[Windows],
     *,
     precision: Precision,
     num_tokens: int = 512,
@@ -68,14 +71,15 @@ def measure_cett(
 
     Args:
         model: runs ReLU (thresholds of 0).
-        windows: (tokens, labels) of each corpus, both int64 [windows, seq_len].
+        windows: (tokens, labels, positions or None) of each corpus, all int64 [windows, seq_len]; see
+            :mod:`prosparse_core.document_masks` for positions.
         num_tokens: positions to sample, evenly over windows of all corpora (``MAX_WINDOWS`` of them at most). Filler
             behind a window's last label is left out.
 
     Raises:
         BadInput: there is no window.
     """
-    tokens, chosen = sample_positions(windows, num_tokens)
+    tokens, chosen, places = sample_positions(windows, num_tokens)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -84,8 +88,10 @@ def measure_cett(
     with _Meter(model) as meter:
         for batch in range(num_batches):
             meter.mask = chosen[batch::num_batches].to(device)
+            more = forward_arguments(model, None if places is None else places[batch::num_batches])
             with autocast(precision, device.type):
-                model(input_ids=tokens[batch::num_batches].to(device), use_cache=False, **last_logits_only(model))
+                x = tokens[batch::num_batches].to(device)
+                model(input_ids=x, use_cache=False, **more, **last_logits_only(model))
             if on_batch:
                 on_batch(batch + 1, num_batches)
         curves = meter.curves()
@@ -93,27 +99,31 @@ def measure_cett(
     return curves
 
 
-def sample_positions(windows: Sequence[tuple[Tensor, Tensor]], num_tokens: int) -> tuple[Tensor, Tensor]:
-    """(tokens int64 [windows, seq_len], mask bool of the same shape with at most ``num_tokens`` places), evenly spread.
+def sample_positions(windows: Sequence[Windows], num_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(tokens int64 [windows, seq_len], mask bool of the same shape with at most ``num_tokens`` places, evenly spread;
+    the positions in their documents).
 
     Raises:
         BadInput: there is no window.
     """
     assert num_tokens > 0
-    if not sum(len(tokens) for tokens, _ in windows):
+    if not sum(len(tokens) for tokens, _, _ in windows):
         raise BadInput(
             "the calibration split has not one whole window",
             hint="raise data.calibration_tokens to at least data.seq_len, or add held-out text",
         )
-    tokens, labels = (torch.cat(parts) for parts in zip(*windows, strict=True))
+    tokens, labels = torch.cat([part for part, _, _ in windows]), torch.cat([part for _, part, _ in windows])
+    places = [part for _, _, part in windows if part is not None]
+    assert len(places) in (0, len(windows))
     some = _spread(len(tokens), min(MAX_WINDOWS, num_tokens))
+    positions = torch.cat(places)[some] if places else None
     tokens, labels = tokens[some], labels[some]
     # A position counts up to the last label of its window.
     counts = (labels != -100).flip(1).cumsum(1).flip(1) > 0
-    places = counts.flatten().nonzero().flatten()
+    counted = counts.flatten().nonzero().flatten()
     mask = torch.zeros(counts.numel(), dtype=torch.bool)
-    mask[places[_spread(len(places), num_tokens)]] = True
-    return tokens, mask.view_as(counts)
+    mask[counted[_spread(len(counted), num_tokens)]] = True
+    return tokens, mask.view_as(counts), positions
 
 
 def _spread(length: int, most: int) -> Tensor:

@@ -129,6 +129,7 @@ FAMILIES: tuple[Family, ...] = (
         norm=("final_layer_norm",),
         norm_if="do_layer_norm_before",
         d_ff_key="ffn_dim",
+        documents="mask",
     ),
     _like(NEOX, name="persimmon", model_types=("persimmon",), layers="model.layers"),
     _like(
@@ -140,6 +141,7 @@ FAMILIES: tuple[Family, ...] = (
         act_is_built_in=True,
         num_layers_key="n_layer",
         d_ff_key=None,
+        documents="none",
         needs={"slow_but_exact": False},
     ),
     _like(
@@ -150,6 +152,7 @@ FAMILIES: tuple[Family, ...] = (
         config_key="activation",
         norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
         d_ff_key="ffn_hidden_size",
+        documents="mask",
     ),
     Family(
         name="phi",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,6 +63,9 @@ class Family(Section):
     d_model_key: str = "hidden_size"
     d_ff_key: str | None = "intermediate_size"
     """Where the config has d_ff; missing or null there: 4 d_model."""
+    documents: Literal["positions", "mask", "none"] = "positions"
+    """How the documents of a packed window are kept apart: by positions that begin anew, from which the model makes its
+    mask; by a mask [B, 1, T, T] besides; or not at all (see :mod:`prosparse_core.document_masks`)."""
     needs: dict[str, bool | int | str] = Field(default_factory=dict)
     """Values of the config without which the layout is another one, such as a sliced down that is never called."""
 

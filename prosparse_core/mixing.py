@@ -2,10 +2,11 @@
 
 Folder layout, written by :func:`prepare` and read by :class:`Mixture`::
 
-    manifest.json                     what it is made of, in tokens, documents, files and epochs
+    manifest.json                     what it is made of, in tokens, documents and files
     train/CORPUS.tokens.npy           int32 [windows, seq_len]
+    train/CORPUS.begins.npy           uint8 [windows, ceil(seq_len / 8)], packed bits: 1 where another document begins
     train/CORPUS.mask.npy             uint8 [windows, seq_len], 1 where the token is a label; instruction corpora only
-    calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .mask.npy)
+    calibration/CORPUS.tokens.npy     held-out windows for the threshold search (and .begins.npy, .mask.npy)
     calibration/CORPUS.jsonl          the held-out documents: {id, file, text, prompt? messages?, num_tokens}
     evaluation/CORPUS.jsonl           likewise, of other files
     held_out.json                     {files, keys}: what no training window holds
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,25 +27,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prosparse_core.data import code_corpora
-from prosparse_core.data.documents import Document, from_row, stable_hash
+from prosparse_core.data.documents import Document, from_row
 from prosparse_core.data.encoding import Encoders
 from prosparse_core.data.held_out import HELD_OUT, RULE, HeldOut
 from prosparse_core.data.packing import Encoder
 from prosparse_core.data.processes import num_processes
 from prosparse_core.data.shards import SPLITS, Corpus, write_jsonl
 from prosparse_core.data.stream import DESCRIPTION, TOKENIZER
-from prosparse_core.data.stream_reader import Streams
+from prosparse_core.data.stream_reader import Row, Streams
 from prosparse_core.data.train_windows import PROGRESS, SHARD_TOKENS, TrainWindows, Written
-from prosparse_core.errors import BadInput
 from prosparse_core.progress import Progress, Silent
-from prosparse_core.recipe import Data, Source
+from prosparse_core.recipe import Data
+from prosparse_core.recipe_mixture import BLOCK, block_counts, trained_corpora
+from prosparse_core.recipe_train import Stage
+from prosparse_core.shares import SampleOrder, permutation, segments_of
 from prosparse_core.store import fsync_tree, write_json
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1024
-"""Samples in which every corpus has exactly its share."""
 MANIFEST = "manifest.json"
 CHOICES = "choices"
 
@@ -56,15 +56,15 @@ def prepare(
     folder: Path,
     *,
     seed: int,
-    train_tokens: int,
+    stages: Sequence[Stage] = (),
     processes: int | None = 1,
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the mixture into ``folder``, going on from what an interrupted attempt left there; returns its manifest.
 
-    The same data, tokenizer and seed give the same windows: ``train_tokens``, the tokens of the planned training, only
-    tells the manifest how many epochs it makes over each corpus.
+    The same data, tokenizer and seed give the same windows; of ``stages`` only counts which corpora they train on,
+    since only these get training windows. So a change of a stage leaves what the stages before it saw as it is.
 
     Args:
         processes: that tokenize, to the same bits; None: the cores, where there is enough to do.
@@ -76,18 +76,19 @@ def prepare(
     """
     progress = progress or Silent()
     encoder = Encoder(tokenizer)
-    counts = block_counts(data.sources)
+    weights = {source.name: source.weight for source in data.sources}
+    counts, needed = block_counts(weights), trained_corpora(weights, stages)
     corpora = [Corpus(source, encoder, data, seed) for source in data.sources]
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
 
     held_out, about = hold_out(corpora, data, folder, seed=seed)
-    streams = {c.name: c.describe_stream() for c in corpora if c.source.stream and counts[c.name]}
+    streams = {c.name: c.describe_stream() for c in corpora if c.source.stream and c.name in needed}
     if streams:
         (folder / DESCRIPTION).write_text(json.dumps(streams, indent=1) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder / TOKENIZER)
 
-    trained = [corpus for corpus in corpora if counts[corpus.name] and not corpus.source.stream]
+    trained = [corpus for corpus in corpora if corpus.name in needed and not corpus.source.stream]
     written = {corpus.name: Written() for corpus in corpora}
     done, total = 0, sum(corpus.source.max_tokens for corpus in trained)
     with Encoders(tokenizer, held_out, num_processes(processes, total)) as encoders:
@@ -99,6 +100,7 @@ def prepare(
                 seq_len=data.seq_len,
                 max_tokens=corpus.source.max_tokens,
                 is_chat=corpus.is_instruction,
+                num_leading=encoder.num_leading(is_chat=corpus.is_instruction),
                 shard_tokens=shard_tokens,
             )
             for tokens in windows.write(encoders):
@@ -107,16 +109,14 @@ def prepare(
             done += corpus.source.max_tokens
     progress.update(total, total)
 
-    entries = []
-    for corpus in corpora:
-        share, train = counts[corpus.name] / BLOCK, written[corpus.name].describe(data.seq_len)
-        entries.append(corpus.describe(share, share * train_tokens, train) | {"samples_per_block": counts[corpus.name]})
-        if entries[-1]["epochs"] > 1:
-            progress.note(f"{corpus.name}: training goes {entries[-1]['epochs']:.1f} times over its text")
+    entries = [
+        corpus.describe(counts[corpus.name] / BLOCK, written[corpus.name].describe(data.seq_len))
+        | {"trained": corpus.name in needed, "samples_per_block": counts[corpus.name]}
+        for corpus in corpora
+    ]
     manifest = {
         "seq_len": data.seq_len,
         "seed": seed,
-        "train_tokens": train_tokens,
         "tokenizer": encoder.description,
         **about,
         "corpora": entries,
@@ -164,38 +164,20 @@ def hold_out(corpora: Sequence[Corpus], data: Data, folder: Path, *, seed: int) 
     return held_out, about
 
 
-def block_counts(sources: list[Source]) -> dict[str, int]:
-    """Samples of each source in a block of ``BLOCK``: its share of the weights, by the largest remainder.
-
-    Raises:
-        BadInput: a weight above 0 that is too small to get one sample.
-    """
-    whole = sum(source.weight for source in sources)
-    exact = [source.weight / whole * BLOCK for source in sources]
-    counts = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(sources)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: BLOCK - sum(counts)]:
-        counts[i] += 1
-    for source, count in zip(sources, counts, strict=True):
-        if source.weight > 0 and count == 0:
-            raise BadInput(
-                f"source {source.name!r}: weight={source.weight} is less than 1/{BLOCK} of all weights: never sampled",
-                hint="raise the weight, or set it to 0 to measure on this corpus without training on it",
-            )
-    return {source.name: count for source, count in zip(sources, counts, strict=True)}
-
-
 @dataclass(frozen=True)
 class Batch:
-    """``tokens`` and ``labels`` int64 [sequences, seq_len].
+    """``tokens``, ``labels`` and ``positions`` int64 [sequences, seq_len].
 
-    Labels equal tokens, or are -100 where there is no loss; the model shifts them.
+    Labels equal tokens, or are -100 where there is no loss; the model shifts them. Positions count from 0 in each
+    document, which sees no other (:mod:`prosparse_core.document_masks`); None where documents attend to each other.
+    A token with which a document begins by itself (BOS) is then no label: it would be predicted from another document.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     corpora: list[int]
     """Of each sequence: its place in :attr:`Mixture.corpora`."""
+    positions: torch.Tensor | None = None
 
 
 @dataclass
@@ -203,6 +185,7 @@ class _Windows:
     """The windows of a corpus that lies on disk whole; its samples go over them, shuffled anew in each epoch."""
 
     tokens: np.ndarray
+    begins: np.ndarray
     mask: np.ndarray | None
     key: tuple[object, ...] = ()
     epochs: dict[int, np.ndarray] = field(default_factory=dict)
@@ -216,9 +199,9 @@ class _Windows:
             self.epochs[epoch] = permutation(len(self.tokens), *self.key, epoch)
         return int(self.epochs[epoch][at])
 
-    def window(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def window(self, turn: int) -> Row:
         place = self.place(turn)
-        return self.tokens[place], None if self.mask is None else self.mask[place]
+        return self.tokens[place], self.begins[place], None if self.mask is None else self.mask[place]
 
 
 @dataclass
@@ -229,19 +212,21 @@ class _Streamed:
     name: str
     key: tuple[object, ...]
 
-    def window(self, turn: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def window(self, turn: int) -> Row:
         return self.streams.window(self.name, turn, lambda shard, n: permutation(n, *self.key, shard))
 
 
 class Mixture:
     """Reads a prepared folder. Everything is a pure function of the folder's contents and the seed.
 
-    Sample ``i`` (from 0) belongs to block ``i // 1024``, in which every corpus has its ``samples_per_block`` places, in
-    an order shuffled by the seed and the block. The ``k``-th sample of a corpus of ``n`` windows takes window
-    ``permutation(corpus, epoch=k // n)[k % n]``; of a streamed corpus, window ``k``, shuffled in its shard.
+    Which corpus a sample is of: :mod:`prosparse_core.shares`. The ``k``-th sample of a corpus of ``n`` windows takes
+    window ``permutation(corpus, epoch=k // n)[k % n]``; of a streamed corpus, window ``k``, shuffled in its shard.
 
     Args:
+        stages: of the training, up to the one whose batches are taken; without them, every batch has the weights of
+            ``data.sources``.
         work: where the shards of streamed corpora may lie while batches are taken, in rising steps; then :meth:`close`.
+        attend_across: documents of a window attend to each other (``data.attend_across_documents``).
         prepares: whether this process has the shards prepared; of several that read the same ``work``, one does.
         processes: that tokenize them; None: the cores, where there is enough to do.
     """
@@ -252,6 +237,8 @@ class Mixture:
         seed: int,
         work: Path | None = None,
         *,
+        stages: Sequence[Stage] = (),
+        attend_across: bool = False,
         prepares: bool = True,
         processes: int | None = None,
     ) -> None:
@@ -259,12 +246,12 @@ class Mixture:
         self._streams = Streams(self._folder, work, prepares=prepares, processes=processes) if work else None
         self.manifest: dict[str, Any] = json.loads((self._folder / MANIFEST).read_text(encoding="utf-8"))
         self.seq_len: int = self.manifest["seq_len"]
-        self._counts: list[int] = [entry["samples_per_block"] for entry in self.manifest["corpora"]]
+        self._stages, self.attend_across = tuple(stages), attend_across
         self._train = [
-            self._open_train(entry["name"], bool(entry.get("stream"))) if entry["samples_per_block"] else None
+            self._open_train(entry["name"], bool(entry.get("stream"))) if entry["trained"] else None
             for entry in self.manifest["corpora"]
         ]
-        self._block = functools.lru_cache(maxsize=4)(self._make_block)
+        self._order = functools.lru_cache(maxsize=4)(self._order_of)
 
     @property
     def corpora(self) -> list[str]:
@@ -273,68 +260,76 @@ class Mixture:
 
     def batch(self, step: int, sequences: int) -> Batch:
         """The samples ``(step - 1) * sequences`` and following; ``step`` counts from 1."""
-        import torch
-
         assert step >= 1
         assert sequences >= 1
-        tokens = np.empty((sequences, self.seq_len), dtype=np.int64)
-        labels = np.empty_like(tokens)
-        corpora = []
-        self._release((step - 1) * sequences)
+        rows, corpora = [], []
+        order, first = self._order(sequences), (step - 1) * sequences
+        self._release(order, first)
         for row in range(sequences):
-            corpus, turn = self._turn((step - 1) * sequences + row)
+            corpus, turn = order.turn(first + row)
             source = self._train[corpus]
             assert source is not None
-            tokens[row], mask = source.window(turn)
-            labels[row] = tokens[row] if mask is None else np.where(mask, tokens[row], -100)
+            rows.append(source.window(turn))
             corpora.append(corpus)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), corpora)
+        return self._batch_of(rows, corpora)
+
+    def _batch_of(self, rows: Sequence[Row], corpora: list[int]) -> Batch:
+        import torch
+
+        from prosparse_core.document_masks import positions_of
+
+        shape = (len(rows), self.seq_len)
+        tokens = np.array([row for row, _, _ in rows], dtype=np.int64).reshape(shape)
+        masks = np.array([np.ones_like(row) if mask is None else mask for row, _, mask in rows]).reshape(shape)
+        labels = torch.from_numpy(np.where(masks, tokens, -100))
+        positions = None
+        if not self.attend_across:
+            packed = np.array([begins for _, begins, _ in rows], dtype=np.uint8).reshape(
+                len(rows), -(-self.seq_len // 8)
+            )
+            begins = torch.from_numpy(np.unpackbits(packed, axis=-1, count=self.seq_len)).bool()
+            positions = positions_of(begins)
+            if self.manifest["tokenizer"]["document_prefix"]:
+                labels.masked_fill_(positions == 0, -100)
+        return Batch(torch.from_numpy(tokens), labels, corpora, positions)
 
     def close(self) -> None:
         """End the preparation of streamed corpora, if there are any."""
         if self._streams is not None:
             self._streams.close()
 
-    def _release(self, index: int) -> None:
+    def _release(self, order: SampleOrder, index: int) -> None:
         """Samples before ``index`` are not needed any more."""
-        streamed = [i for i, source in enumerate(self._train) if isinstance(source, _Streamed)]
-        if not streamed:
-            return
-        block, place = divmod(index, BLOCK)
-        corpora, _ = self._block(block)
-        before = {i: block * self._counts[i] + int((corpora[:place] == i).sum()) for i in streamed}
-        assert self._streams is not None
-        self._streams.release({self.corpora[i]: turn for i, turn in before.items()})
+        needed, before = order.needed(index), order.before(index)
+        streamed = [i for i, train in enumerate(self._train) if isinstance(train, _Streamed) and needed[i]]
+        first = {self.corpora[i]: before[i] for i in streamed}
+        if first:
+            assert self._streams is not None
+            self._streams.release(first)
 
-    def sample(self, index: int) -> tuple[int, int]:
+    def sample(self, index: int, sequences: int = 1) -> tuple[int, int]:
         """Corpus and window of sample ``index`` (from 0); of a streamed corpus, the window's place in the stream."""
-        corpus, turn = self._turn(index)
+        corpus, turn = self._order(sequences).turn(index)
         source = self._train[corpus]
         return corpus, source.place(turn) if isinstance(source, _Windows) else turn
 
-    def _turn(self, index: int) -> tuple[int, int]:
-        """Corpus of sample ``index``, and how many of its samples precede it."""
-        block, place = divmod(index, BLOCK)
-        corpora, ranks = self._block(block)
-        corpus = int(corpora[place])
-        return corpus, block * self._counts[corpus] + int(ranks[place])
+    def epochs(self, step: int, sequences: int) -> dict[str, float]:
+        """How often training has gone over the windows of each corpus after ``step``; streamed ones are not counted."""
+        taken = zip(self.corpora, self._train, self._order(sequences).before(step * sequences), strict=True)
+        return {name: turns / len(t.tokens) for name, t, turns in taken if isinstance(t, _Windows)}
 
-    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in the block: its corpus, and how many samples of that corpus precede it in the block."""
-        corpora = np.repeat(np.arange(len(self._counts)), self._counts)[permutation(BLOCK, self._seed, "block", block)]
-        ranks = np.empty(BLOCK, dtype=np.int64)
-        for corpus, count in enumerate(self._counts):
-            ranks[corpora == corpus] = np.arange(count)
-        return corpora, ranks
+    def _order_of(self, sequences: int) -> SampleOrder:
+        entries = self.manifest["corpora"]
+        return SampleOrder(
+            self._seed, segments_of({e["name"]: e["samples_per_block"] for e in entries}, self._stages, sequences)
+        )
 
-    def calibration(self, corpus: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Held-out windows for the threshold search: tokens and labels, int64 [windows, seq_len]."""
-        import torch
-
-        windows = self._open("calibration", corpus)
-        tokens = np.array(windows.tokens, dtype=np.int64)
-        labels = tokens.copy() if windows.mask is None else np.where(windows.mask, tokens, -100)
-        return torch.from_numpy(tokens), torch.from_numpy(labels)
+    def calibration(self, corpus: str) -> Batch:
+        """Held-out windows for the threshold search; without a corpus's windows, a batch of none."""
+        found = self._open("calibration", corpus)
+        masks = [None] * len(found.tokens) if found.mask is None else found.mask
+        rows = list(zip(found.tokens, found.begins, masks, strict=True))
+        return self._batch_of(rows, [self.corpora.index(corpus)] * len(rows))
 
     def held_out(self, split: str, corpus: str) -> list[Document]:
         """The documents of ``calibration`` or ``evaluation``; ``packing.Encoder`` turns them into tokens."""
@@ -343,22 +338,12 @@ class Mixture:
 
     def _open(self, split: str, name: str) -> _Windows:
         mask = self._folder / split / f"{name}.mask.npy"
-        tokens = np.load(self._folder / split / f"{name}.tokens.npy", mmap_mode="r")
-        return _Windows(tokens, np.load(mask, mmap_mode="r") if mask.exists() else None, (self._seed, name))
+        tokens, begins = (
+            np.load(self._folder / split / f"{name}.{k}.npy", mmap_mode="r") for k in ("tokens", "begins")
+        )
+        return _Windows(tokens, begins, np.load(mask, mmap_mode="r") if mask.exists() else None, (self._seed, name))
 
     def _open_train(self, name: str, is_streamed: bool) -> _Windows | _Streamed | None:
         if not is_streamed:
             return self._open("train", name)
         return _Streamed(self._streams, name, (self._seed, name)) if self._streams is not None else None
-
-
-def permutation(length: int, *key: object) -> np.ndarray:
-    """A permutation of ``range(length)`` by the key.
-
-    Sorted by splitmix64 rather than drawn from a library's generator, whose stream may change with its version.
-    """
-    x = np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x += np.array(stable_hash(*key), dtype=np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prosparse_core.document_masks import forward_arguments
 from prosparse_core.loss import IGNORED, next_token_loss
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.sparsity import SparsityMeter
@@ -32,12 +33,15 @@ def measure(
     model: nn.Module,
     tokens: Tensor,
     labels: Tensor,
+    positions: Tensor | None = None,
     *,
     precision: Precision,
     batch_size: int = 4,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Perplexity of ``labels`` given ``tokens`` (both [windows, seq_len], -100 where no loss; the model shifts).
+
+    With ``positions``, of the same shape, documents of a window do not see each other.
 
     Positions of both prompt and answer count for the sparsity: every position that is forwarded does.
     """
@@ -49,8 +53,9 @@ def measure(
     with SparsityMeter(model) as meter:
         for start in range(0, len(tokens), batch_size):
             x, y = tokens[start : start + batch_size].to(device), labels[start : start + batch_size].to(device)
+            more = forward_arguments(model, None if positions is None else positions[start : start + batch_size])
             with autocast(precision, device.type):
-                logits = model(input_ids=x, use_cache=False).logits
+                logits = model(input_ids=x, use_cache=False, **more).logits
             nll += float(next_token_loss(logits, y))
             count += int((y[:, 1:] != IGNORED).sum())
             if on_batch:

@@ -19,6 +19,7 @@ from prosparse_core.family import Family
 from prosparse_core.recipe_data import Data as Data
 from prosparse_core.recipe_data import Source as Source
 from prosparse_core.recipe_machine import Hardware, Shape
+from prosparse_core.recipe_mixture import mixture_problems
 from prosparse_core.recipe_runtime import Runtime as Runtime
 from prosparse_core.recipe_runtime import check_world
 from prosparse_core.recipe_text import apply_override, explain
@@ -262,6 +263,8 @@ class Recipe(Section):
                 f"train.micro_batch={micro} must divide the {step // seq} sequences of a step (train.tokens_per_step)"
             )
         check_world(self.runtime, step // seq)
+        if problems := mixture_problems({s.name: s.weight for s in self.data.sources}, self.train.stages):
+            raise ValueError("; ".join(problems))
         for i, source in enumerate(self.data.sources):
             shard = source.max_tokens // self.data.stream_shards
             if source.stream and (shard < seq or step > source.max_tokens - shard):

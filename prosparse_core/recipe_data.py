@@ -15,8 +15,9 @@ class Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     kind: Literal["python-code", "package-docs", "code-instructions", "hub", "files"]
     weight: float = Field(ge=0)
+    """0: the corpus is measured on, and trained on only by stages whose ``mixture`` names it."""
     max_tokens: int = Field(default=400_000, gt=0)
-    """At most this many training tokens are prepared; a longer run goes over them again, which the manifest says."""
+    """At most this many training tokens are prepared; a longer run goes over them again, which its stages say."""
     stream: bool = False
     """Kinds hub and files: prepare the text in shards while training goes on, and remove what was used; ``max_tokens``
     is then what lies on disk at a time. For text that does not fit there."""
@@ -64,6 +65,9 @@ class Data(Section):
 
     seq_len: int = Field(gt=1)
     sources: list[Source] = Field(min_length=1)
+    attend_across_documents: bool = False
+    """Let a document attend to those before it in its packed window. False: the documents of a window do not see each
+    other, in training (the teacher too), in calibration and in what predictors learn from."""
     stream_shards: int = Field(default=4, ge=2)
     """Into how many shards the ``max_tokens`` of a streamed source are cut."""
     calibration_tokens: int = Field(default=8192, gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -40,6 +40,18 @@ class Stage(Section):
     """Instead of ``l1``: steer lambda until this share of x1 is zero (before thresholds)."""
     distill: Distill | None = None
     phase: Literal["prosparse", "decay", "sft"] = "prosparse"
+    """decay: the learning rate falls, where ``schedule`` is wsd. sft: lambda may be less than before (App. J)."""
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Weights of corpora from this stage's first step to its last; a corpus that is not named has none. Default: those
+    of ``data.sources``. A corpus goes on where the stage before left off."""
+    lr: float | None = Field(default=None, gt=0)
+    """The stage's peak learning rate; default: ``train.lr``."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """First steps of the stage in which the learning rate rises linearly from 0; of stage 0, ``train.warmup_steps``."""
+    half_life: float | None = Field(default=None, gt=0)
+    """Steps in which a falling rate halves: rate = lr * 0.5^(n / half_life) at step n of the fall, and never below lr *
+    lr_min_ratio. For schedule wsd and phase decay (default: what ends the stage at lr * lr_min_ratio) or sft (default:
+    the rate does not fall). MiniCPM's is 5,000 steps of 4 M tokens (arXiv 2404.06395)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,6 +62,13 @@ class Stage(Section):
             return {**raw, "l1": 0.0}
         return raw
 
+    @field_validator("mixture")
+    @classmethod
+    def _some_weight(cls, mixture: dict[str, float] | None) -> dict[str, float] | None:
+        if mixture is not None and sum(mixture.values()) <= 0:
+            raise ValueError("the weights of all corpora are 0: the stage would train on nothing")
+        return mixture
+
 
 class Train(Section):
     """Continual training with progressive sparsity regularization (paper, section 3 and Algorithm 1)."""
@@ -58,8 +77,13 @@ class Train(Section):
     micro_batch: int | None = Field(default=None, gt=0)
     """Sequences per forward pass; default: the whole step."""
     lr: float = Field(gt=0)
+    """The peak learning rate of every stage that has none of its own."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: one over the whole run (paper, App. L). wsd: stable, and falling in stages of phase decay (MiniCPM)."""
     lr_min_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Where the rate ends, as a share of the peak; nothing for schedule constant."""
     warmup_steps: int = Field(default=0, ge=0)
+    """First steps of the run in which the learning rate rises linearly from 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
@@ -116,6 +140,44 @@ class Train(Section):
     def _shift(self) -> Train:
         if (self.activation == "shifted_relu") != (self.shift is not None):
             raise ValueError("activation: shifted_relu and shift go together")
+        return self
+
+    @model_validator(mode="after")
+    def _rates(self) -> Train:
+        """The learning rate of every stage is what its words say."""
+        problems, first, has_decayed = [], 1, False
+        for i, stage in enumerate(self.stages):
+            place, steps, begins = f"stages[{i}]", stage.until_step - first + 1, first
+            first = stage.until_step + 1
+            if i == 0 and stage.warmup_steps:
+                problems.append(f"{place}.warmup_steps={stage.warmup_steps}: the run's warm-up is train.warmup_steps")
+            if stage.warmup_steps > steps:
+                problems.append(f"{place}.warmup_steps={stage.warmup_steps} is more than the stage's {steps} steps")
+            if stage.half_life and (self.schedule != "wsd" or stage.phase == "prosparse"):
+                problems.append(
+                    f"{place}.half_life={stage.half_life:g}: only with schedule: wsd does the rate fall, and only in a "
+                    "stage with phase: decay or sft"
+                )
+            if stage.phase == "decay" and self.schedule == "constant":
+                problems.append(f"{place}.phase=decay: with schedule: constant nothing falls; use schedule: wsd")
+            if self.schedule != "wsd":
+                continue
+            if stage.phase == "decay" and not stage.half_life and not self.lr_min_ratio:
+                problems.append(
+                    f"{place}: an exponential fall does not reach lr_min_ratio=0; give one above 0, or half_life"
+                )
+            if stage.phase == "decay" and begins <= self.warmup_steps:
+                problems.append(f"{place}: the rate falls before train.warmup_steps={self.warmup_steps} have passed")
+            if has_decayed and stage.lr is None:
+                problems.append(
+                    f"{place}.lr is missing: after a stage with phase: decay the rate would leap back to train.lr="
+                    f"{self.lr:g}"
+                )
+            has_decayed = has_decayed or stage.phase == "decay"
+        if self.schedule == "wsd" and not has_decayed:
+            problems.append("schedule: wsd needs a stage with phase: decay; without one, use schedule: constant")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @property

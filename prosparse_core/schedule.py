@@ -48,10 +48,29 @@ EASES: dict[str, Callable[[float], float]] = {"sine": _sine, "linear": lambda sh
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """Linear warm-up, then one cosine over the whole run down to ``lr * lr_min_ratio`` (paper, App. L)."""
+    """The learning rate at a step: the course that ``train.schedule`` gives it, under the peak of the step's stage.
+
+    cosine: after ``train.warmup_steps`` one cosine over the whole run, down to ``lr * lr_min_ratio`` (paper, App. L).
+    constant: stays. wsd (MiniCPM, arXiv 2404.06395, section 4): stays, and falls in a stage of phase decay as
+    ``lr * 0.5^(n / half_life)``, n counted from the stage's own warm-up on, never below ``lr * lr_min_ratio``; without
+    a half-life it is at ``lr * lr_min_ratio`` at the stage's last step. A stage's own warm-up is linear in all of them.
+    """
+    index = stage_of(train.stages, step)
+    stage = train.stages[index]
+    peak = stage.lr or train.lr
+    first = first_step(train.stages, index)
+    into, steps = step - first + 1, stage.until_step - first + 1
+    rising = min(1.0, into / stage.warmup_steps) if stage.warmup_steps else 1.0
     if step <= train.warmup_steps:
-        return train.lr * step / train.warmup_steps
-    span = max(1, train.total_steps - train.warmup_steps)
-    share = (step - train.warmup_steps) / span
-    floor = train.lr * train.lr_min_ratio
-    return floor + (train.lr - floor) * 0.5 * (1 + math.cos(math.pi * share))
+        return rising * (peak * step / train.warmup_steps)
+    if train.schedule == "cosine":
+        span = max(1, train.total_steps - train.warmup_steps)
+        share = (step - train.warmup_steps) / span
+        floor = peak * train.lr_min_ratio
+        return rising * (floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+    fallen = max(0, into - stage.warmup_steps)
+    if stage.half_life:
+        return rising * peak * max(0.5 ** (fallen / stage.half_life), train.lr_min_ratio)
+    if train.schedule == "wsd" and stage.phase == "decay" and fallen:
+        return peak * train.lr_min_ratio ** (fallen / (steps - stage.warmup_steps))
+    return rising * peak

@@ -170,7 +170,9 @@ def _distilled_equal_time(recipe: Recipe) -> list[Train | None]:
     teach, stages, last = recipe.compare.distill.model_dump(), [], 0
     for stage in recipe.train.stages:
         last = max(last + 1, round(stage.until_step / slowdown))
-        stages.append({**stage.model_dump(), "until_step": last, "distill": teach})
+        warmup, half_life = round(stage.warmup_steps / slowdown), stage.half_life and stage.half_life / slowdown
+        shorter = {"until_step": last, "warmup_steps": warmup, "half_life": half_life}
+        stages.append({**stage.model_dump(), **shorter, "distill": teach})
     return [_varied(recipe.train, stages)]
 
 
@@ -182,29 +184,34 @@ def _in_one_stage(train: Train, **regularized: float | None) -> list[dict[str, A
     """Stage 0 as it is, one stage (``l1`` or ``target_sparsity``) for those after it, and the ending ones of phase sft.
 
     Everything else is as in the recipe at every step, so that a row differs from the recipe's stages by lambda alone:
-    the one stage has the teacher of those it stands for, stage 0 and the sft stages keep their own. In an sft stage
-    lambda changes by the recipe's own ratio: the recipe's last factor becomes the recipe's sft lambda, none stays none,
-    and rows of different factors stay different. A steered row is steered to its end.
-
-    Raises:
-        BadInput: the stages after stage 0 are not taught alike.
+    teacher, corpora and learning rate. Where these change among the stages that are replaced, so do the row's: it then
+    has a stage from each change on, all of one lambda. In an sft stage lambda changes by the recipe's own ratio: the
+    recipe's last factor becomes the recipe's sft lambda, none stays none, and rows of different factors stay different.
+    A steered row is steered to its end.
     """
     stages = train.stages
     end = _first_sft(stages)
     replaced, last = stages[1:end], stages[end - 1]
-    if odd := [str(i) for i, stage in enumerate(replaced, start=1) if stage.distill != replaced[0].distill]:
-        raise BadInput(
-            f"compare.settings: in train.stages, the distill of stage {' and '.join(odd)} is not that of stage 1: a "
-            "setting with one stage in their place would have another teacher than they have",
-            hint="give them the same distill, or leave out of compare.settings what has one stage in their place: "
-            "original_continued, vanilla_relu, shifted_relu, fixed_l1, closed_loop",
-        )
     made: list[dict[str, Any]] = [stages[0].model_dump()]
-    # Without an sft stage the one stage is there even where it replaces none: validation then says that it is empty.
-    if replaced or end == len(stages):
-        taught = last.model_dump(include={"distill"}) if replaced else {}
-        made.append({"until_step": last.until_step, **regularized, **taught})
+    if replaced:
+        kept = [_but_lambda(train, stage) for stage in replaced]
+        for i, stage in enumerate(replaced):
+            follows = i and kept[i] == kept[i - 1] and not stage.warmup_steps and kept[i]["phase"] != "decay"
+            if follows:
+                made[-1]["until_step"] = stage.until_step
+            else:
+                own = {"until_step": stage.until_step, "warmup_steps": stage.warmup_steps}
+                made.append({**kept[i], **regularized, **own})
+    elif end == len(stages):  # nothing to regularize: validation says that the stage is empty
+        made.append({"until_step": last.until_step, **regularized})
     return made + [_sft(stage, last.l1, regularized) for stage in stages[end:]]
+
+
+def _but_lambda(train: Train, stage: Stage) -> dict[str, Any]:
+    """What of a stage is not lambda, nor where it begins and ends; the phase only where it tells the rate to fall."""
+    falls = train.schedule == "wsd" and (stage.phase == "decay" or stage.half_life is not None)
+    kept = stage.model_dump(include={"distill", "mixture", "lr", "half_life"})
+    return {**kept, "phase": stage.phase if falls else "prosparse"}
 
 
 def _first_sft(stages: list[Stage]) -> int:

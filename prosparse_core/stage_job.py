@@ -17,7 +17,9 @@ from torch import nn
 from prosparse_core.checkpoint import load_optimizer, whole_optimizer
 from prosparse_core.distributed.parallel import compile_layers, read_shards, shard, weights, whole
 from prosparse_core.distributed.ranks import ALONE, Ranks, code_digest
+from prosparse_core.document_masks import is_proven, require_apart
 from prosparse_core.errors import ProSparseError
+from prosparse_core.families import require_family
 from prosparse_core.mixing import Mixture
 from prosparse_core.precision import Precision
 from prosparse_core.progress import Progress
@@ -46,6 +48,8 @@ class StageJob:
     precision: Precision
     device: str
     runtime: Runtime
+    attend_across: bool = False
+    """``data.attend_across_documents``."""
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
@@ -69,6 +73,7 @@ class StageJob:
             ProSparseError: an artifact is not there, or a file of it is not as long as it was written.
         """
         part = {"index": self.index, "seed": self.seed, "precision": self.precision, "train": self.train.model_dump()}
+        part["attend_across"] = self.attend_across
         return {
             "recipe": sha256_text(canonical_json(part)),
             "model": _digest(self.before),
@@ -107,6 +112,8 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
         ranks.agree({**identity, "code": code_digest()})
     model = _load(job, job.before / MODEL, ranks, trained=True)
     teacher = None if job.teacher is None else _load(job, job.teacher / MODEL, ranks, trained=False)
+    if not job.attend_across and not is_proven(model.config, require_family(model.config, where="model")):
+        require_apart(model)
     optimizer = make_optimizer(model, job.train)
     if job.index > 0:
         state = torch.load(job.before / OPTIMIZER, map_location=job.device, mmap=ranks.size > 1, weights_only=True)
@@ -116,8 +123,15 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
         compile_layers(model)
     if job.runtime.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    tokenizing = job.runtime.data_processes
-    corpora = Mixture(job.corpora, job.seed, job.folder, prepares=ranks.is_first, processes=tokenizing)
+    corpora = Mixture(
+        job.corpora,
+        job.seed,
+        job.folder,
+        stages=job.train.stages[: job.index + 1],
+        attend_across=job.attend_across,
+        prepares=ranks.is_first,
+        processes=job.runtime.data_processes,
+    )
     with contextlib.closing(corpora) as mixture:
         train_stage(
             model,

@@ -18,6 +18,7 @@ from prosparse_core import checkpoint
 from prosparse_core.distillation import distillation_loss
 from prosparse_core.distributed.parallel import Forward
 from prosparse_core.distributed.ranks import ALONE, Ranks
+from prosparse_core.document_masks import forward_arguments
 from prosparse_core.errors import ProSparseError
 from prosparse_core.loss import next_token_loss
 from prosparse_core.mixing import Batch, Mixture
@@ -208,11 +209,12 @@ class _Loop:
         """The whole step's, whatever the number of processes."""
         return self.mixture.batch(step, self._sequences)
 
-    def _taught(self, tokens: Tensor) -> Tensor:
+    def _taught(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """The teacher's logits, which nothing keeps."""
         assert self.teacher is not None
+        more = forward_arguments(self.teacher, positions)
         with torch.no_grad(), autocast(self.precision, self.device.type):
-            logits: Tensor = self.teacher(input_ids=tokens, use_cache=False).logits
+            logits: Tensor = self.teacher(input_ids=tokens, use_cache=False, **more).logits
         return logits
 
     def step(self, step: int) -> StepMetrics:
@@ -226,19 +228,21 @@ class _Loop:
         batch = self._batch(step)
         num_labels = int((batch.labels[:, 1:] != -100).sum())
         mine = ranks.share(self._sequences)
-        parts = list(_micro_batches(batch.tokens[mine], batch.labels[mine], train.micro_batch))
+        parts = list(_micro_batches(batch, mine, train.micro_batch))
         lm_loss, distilled = torch.zeros((), device=device), torch.zeros((), device=device)
-        for number, (tokens, labels) in enumerate(parts, start=1):
+        for number, (tokens, labels, positions) in enumerate(parts, start=1):
             regularizer.scale = len(tokens) / self._sequences
             tokens, labels = tokens.to(device), labels.to(device)
             with self.forward.accumulating(is_last=number == len(parts)):
                 with autocast(self.precision, device.type):
-                    logits = self.forward(tokens)
+                    logits = self.forward(tokens, positions)
                 loss = next_token_loss(logits, labels) / max(1, num_labels)
                 lm_loss += loss.detach()
                 if self.teacher is not None and distill is not None:
                     share = distill.weight / max(1, num_labels)
-                    divergence = distillation_loss(logits, self._taught(tokens), labels, distill.temperature, share)
+                    divergence = distillation_loss(
+                        logits, self._taught(tokens, positions), labels, distill.temperature, share
+                    )
                     distilled += divergence.detach() / distill.weight
                     loss = loss + divergence
                 (ranks.size * loss).backward()  # the gradients are averaged over the processes
@@ -268,9 +272,12 @@ class _Loop:
         )
 
 
-def _micro_batches(tokens: Tensor, labels: Tensor, micro: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _micro_batches(batch: Batch, mine: slice, micro: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Tokens, labels and positions of one process's share, ``micro`` sequences at a time."""
+    tokens, labels = batch.tokens[mine], batch.labels[mine]
     size = micro or len(tokens)
-    yield from zip(tokens.split(size), labels.split(size), strict=True)
+    places = [None] * -(-len(tokens) // size) if batch.positions is None else batch.positions[mine].split(size)
+    yield from zip(tokens.split(size), labels.split(size), places, strict=True)
 
 
 def last_lambda(folder: Path) -> float:

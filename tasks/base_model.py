@@ -94,7 +94,7 @@ def _source(model: Model) -> dict[str, Any]:
     kind, _, rest = model.source.partition(":")
     if kind == "random":
         config = {**model.config, "model_type": rest}
-        require_family(_with_family(config, model), where="model.source")
+        require_family(with_family(config, model), where="model.source")
         _check_activation(config, model, where="model.config")
         return {"source": model.source, "config": model.config}
     if model.config:
@@ -134,7 +134,7 @@ def _check_activation(config: Mapping[str, Any], model: Model, *, where: str) ->
     Raises:
         BadInput: it is one of ours, with which a model is no dense one, or nobody's.
     """
-    described = _with_family(config, model)
+    described = with_family(config, model)
     name, family = activation_name(described), family_of(described)
     if name in OWN_ACTIVATIONS:
         raise BadInput(
@@ -192,7 +192,7 @@ def _settle_config(folder: Path, model: Model) -> None:
     where the code it names is in the folder: then, and only then, is code of a model folder run."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    config = _with_family(saved, model)
+    config = with_family(saved, model)
     code = config.pop("auto_map", None)
     if code and model.trust_remote_code:
         local = {auto: str(name).rpartition("--")[2] for auto, name in code.items() if isinstance(name, str)}
@@ -201,7 +201,7 @@ def _settle_config(folder: Path, model: Model) -> None:
         write_json(path, config)
 
 
-def _with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     described = (
         {} if model.family is None else {FAMILY_KEY: model.family.model_dump(mode="json", exclude_defaults=True)}
     )
@@ -255,7 +255,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
             config: Any = GraniteConfig(**minicpm.granite_config(raw))
         else:
             config = AutoConfig.from_pretrained(source, **options)
-        require_family(_with_family(config.to_dict(), model), where=source)
+        require_family(with_family(config.to_dict(), model), where=source)
         work.progress.note(f"reading {source}" + (f" at {model.revision}" if model.revision else ""))
         loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto", **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -291,7 +291,7 @@ def _require_fit(loaded: Any, model: Model) -> None:
     Raises:
         BadInput: see ``find_ffns``.
     """
-    loaded.config.update(_with_family({}, model))
+    loaded.config.update(with_family({}, model))
     find_ffns(loaded)
 
 
@@ -307,7 +307,7 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     logging.disable_progress_bar()
     with _read_once(), _reported(gguf_reader, work):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        require_family(_with_family(config.to_dict(), model), where=str(path))
+        require_family(with_family(config.to_dict(), model), where=str(path))
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Sequence[float]], dict[str, Measured]]
 
-VERSION = 4
+VERSION = 5
 CETT_TOKENS = 512
 """Calibration tokens on which each layer's CETT is measured."""
 SCOPES = {"grid": "global", "cett": "per_layer"}
@@ -55,6 +55,7 @@ def calibrate(run: Run, variant: Variant, corpora: Artifact, note: str = "") -> 
             "variant": variant.identity,
             "precision": precision,
             "batch_size": run.recipe.evaluate.batch_size,
+            "attend_across_documents": run.recipe.data.attend_across_documents,
         },
         inputs={**variant.inputs, "corpora": corpora},
     )
@@ -70,8 +71,9 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
     from prosparse_core.variants import load_variant
 
     section, recipe = run.recipe.calibrate, run.recipe
-    mixture = Mixture(corpora.path, recipe.seed)
-    windows = {corpus: mixture.calibration(corpus) for corpus in mixture.corpora}
+    mixture = Mixture(corpora.path, recipe.seed, attend_across=recipe.data.attend_across_documents)
+    batches = {corpus: mixture.calibration(corpus) for corpus in mixture.corpora}
+    windows = {corpus: (batch.tokens, batch.labels, batch.positions) for corpus, batch in batches.items()}
     _require_windows(windows, corpora)
     model, _ = load_variant(variant, device)
     settings: dict[str, Any] = {"precision": precision, "batch_size": recipe.evaluate.batch_size}
@@ -81,7 +83,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
     def at(thresholds: Sequence[float]) -> dict[str, Measured]:
         nonlocal tried
         use_thresholds(model, thresholds)
-        found = {corpus: measure(model, *pair, **settings) for corpus, pair in windows.items()}
+        found = {corpus: measure(model, *window, **settings) for corpus, window in windows.items()}
         tried += 1
         first, mean = next(iter(found.values())), sum(thresholds) / len(thresholds)
         work.progress.update(
@@ -105,7 +107,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
 
 
 def _require_windows(windows: dict[str, Any], corpora: Artifact) -> None:
-    empty = [corpus for corpus, (tokens, _) in windows.items() if not len(tokens)]
+    empty = [corpus for corpus, (tokens, _, _) in windows.items() if not len(tokens)]
     if empty or not windows:
         of = f"of {', '.join(empty)}" if empty else "without a corpus"
         raise BadInput(

@@ -104,7 +104,7 @@ def check_windows(made: Made, max_tokens: int = CHECK_TOKENS) -> list[Tensor]:
     from tasks.predictor_quality import held_out_tokens
 
     tokenizer = load_tokenizer(made.variant.checkpoint.path / MODEL)
-    found = held_out_tokens(made.corpora.path, tokenizer, max_tokens)
+    found = [window.tokens for window in held_out_tokens(made.corpora.path, tokenizer, max_tokens, attend_across=True)]
     beyond = sum(tokens.numel() for tokens in found) - max_tokens
     if beyond > 0:
         found[-1] = found[-1][:, :-beyond]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from prosparse_core.families import require_family
+from prosparse_core.recipe import Recipe
+from prosparse_core.recipe_mixture import trained_corpora
 from prosparse_core.store import Artifact
-from prosparse_core.variants import MODEL
+from prosparse_core.variants import MODEL, check_folder
 from tasks.step import Run, Work
 
-VERSION = 2
+VERSION = 3
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
-    """The artifact with tokens per corpus and split; its ``manifest.json`` says how much there is of each."""
+    """The artifact with tokens per corpus and split; its ``manifest.json`` says how much there is of each.
+
+    Raises:
+        BadInput: see :func:`require_documents_apart`.
+    """
     from prosparse_core.data.sources import source_identity
 
+    if dense.folder is not None:
+        require_documents_apart(run.recipe, check_folder(dense.folder / MODEL))
     data = run.recipe.data
     return run.step(
         "mixture",
@@ -20,13 +32,26 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
         lambda work: _build(work, run, dense),
         version=VERSION,
         config={
-            "data": data.model_dump(mode="json"),
+            "data": data.model_dump(mode="json", exclude={"attend_across_documents"}),
             "identity": {s.name: source_identity(s) for s in data.sources},
-            "train_tokens": run.recipe.train.total_tokens,
+            "trained": trained_corpora({s.name: s.weight for s in data.sources}, run.recipe.train.stages),
         },
         inputs={"dense": dense},
         needs_bytes=sum(s.max_tokens for s in data.sources) * 8,
     )
+
+
+def require_documents_apart(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuse an architecture whose attention cannot keep the documents of a window apart, unless the recipe lets them
+    attend to each other.
+
+    Raises:
+        BadInput: it is one; the hint names the option.
+    """
+    if not recipe.data.attend_across_documents:
+        from prosparse_core.document_masks import way_of
+
+        way_of(config, require_family(config, where="model"))
 
 
 def _build(work: Work, run: Run, dense: Artifact) -> None:
@@ -39,7 +64,7 @@ def _build(work: Work, run: Run, dense: Artifact) -> None:
         load_tokenizer(dense.path / MODEL),
         work.folder,
         seed=recipe.seed,
-        train_tokens=recipe.train.total_tokens,
+        stages=recipe.train.stages,
         processes=recipe.runtime.data_processes,
         progress=work.progress,
     )

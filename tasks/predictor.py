@@ -22,12 +22,13 @@ from tasks.step import Run, Work
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prosparse_core.document_masks import Packed
     from prosparse_core.families import FFN
     from prosparse_core.prediction.recording import Recording
     from prosparse_core.predictor import CutoffMetrics, LayerPredictor
 
 T = TypeVar("T")
-VERSION = 2
+VERSION = 3
 WINDOWS_PER_FORWARD = 4
 HEADLINE_CUTOFF = 0.5
 """A probability of one half: what inference engines use. The nearest cutoff of the recipe is the headline."""
@@ -53,7 +54,12 @@ def predictor(run: Run, variant: Variant, corpora: Artifact) -> Artifact:
         f"predictor · {variant.setting}, hidden {section.hidden}",
         lambda work: _build(work, run, variant, corpora, precision, device),
         version=VERSION,
-        config={"predictor": section.model_dump(mode="json"), "variant": variant.identity, "precision": precision},
+        config={
+            "predictor": section.model_dump(mode="json"),
+            "variant": variant.identity,
+            "precision": precision,
+            "attend_across_documents": run.recipe.data.attend_across_documents,
+        },
         inputs={**variant.inputs, "corpora": corpora},
         needs_bytes=_bytes_of_recordings(section, variant),
     )
@@ -123,7 +129,9 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
     if idle := per_cutoff[0]["layers_without_active"]:
         work.progress.note(f"{idle} layers have no active neuron at all: recall is the mean over the others")
     chosen = choose(section, trained, scores, testing, device) if choosing else None
-    windows = held_out_tokens(corpora.path, tokenizer, section.test_tokens)
+    windows = held_out_tokens(
+        corpora.path, tokenizer, section.test_tokens, attend_across=run.recipe.data.attend_across_documents
+    )
     entries = [*per_cutoff, *([chosen] if chosen else [])]
     for i, measured in enumerate(
         measure_perplexity(work, run, variant, model, windows, precision, trained, entries), start=1
@@ -148,26 +156,26 @@ def _record(
     work: Work, run: Run, model: Any, tokenizer: Any, corpora: Artifact, precision: Precision, total: float
 ) -> tuple[Recording, Recording, Recording | None]:
     """Training text, evaluation files, and calibration files where cutoffs are chosen on them; kept on the disk."""
+    from prosparse_core.document_masks import Packed
     from prosparse_core.mixing import Mixture
     from prosparse_core.prediction.recording import calibration_windows, held_out_windows, record
 
-    section, mixture = run.recipe.predictor, Mixture(corpora.path, run.recipe.seed, work.folder)
-    plan: list[tuple[str, Iterator[Tensor], int]] = [
-        (
-            "training text",
-            (mixture.batch(i, WINDOWS_PER_FORWARD).tokens for i in itertools.count(1)),
-            section.train_tokens,
-        ),
-        ("held-out text", (tokens for _, tokens in held_out_windows(mixture, tokenizer)), section.test_tokens),
+    section = run.recipe.predictor
+    across = run.recipe.data.attend_across_documents
+    mixture = Mixture(corpora.path, run.recipe.seed, work.folder, attend_across=across)
+    training = (mixture.batch(i, WINDOWS_PER_FORWARD) for i in itertools.count(1))
+    plan: list[tuple[str, Iterator[Packed], int]] = [
+        ("training text", (Packed(batch.tokens, batch.positions) for batch in training), section.train_tokens),
+        ("held-out text", (window for _, window in held_out_windows(mixture, tokenizer)), section.test_tokens),
     ]
     if section.target_recall is not None:
-        plan.append(("calibration text", (tokens for _, tokens in calibration_windows(mixture)), section.test_tokens))
+        plan.append(("calibration text", (window for _, window in calibration_windows(mixture)), section.test_tokens))
     whole, before = sum(asked for _, _, asked in plan), 0
 
-    def watched(batches: Iterator[Tensor], what: str, done: int) -> Iterator[Tensor]:
-        for tokens in batches:
-            yield tokens
-            done += tokens.numel()
+    def watched(batches: Iterator[Packed], what: str, done: int) -> Iterator[Packed]:
+        for batch in batches:
+            yield batch
+            done += batch.tokens.numel()
             work.progress.update(min(done / whole, 1.0) * RECORDING_SHARE * total, total, recording=what)
 
     recordings = []

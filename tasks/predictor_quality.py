@@ -12,8 +12,7 @@ from prosparse_core.variants import Variant
 from tasks.step import Run, Work
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from prosparse_core.document_masks import Packed
     from prosparse_core.prediction.recording import Recording
     from prosparse_core.predictor import CutoffMetrics, LayerPredictor
 
@@ -69,17 +68,17 @@ def choose(
     }
 
 
-def held_out_tokens(corpora: Path, tokenizer: Any, num_tokens: int) -> list[Tensor]:
+def held_out_tokens(corpora: Path, tokenizer: Any, num_tokens: int, *, attend_across: bool = False) -> list[Packed]:
     """The first windows of the evaluation files, each [1, length], until they have ``num_tokens``."""
     from prosparse_core.mixing import Mixture
     from prosparse_core.prediction.recording import held_out_windows
 
-    found: list[Tensor] = []
-    for _, tokens in held_out_windows(Mixture(corpora, 0), tokenizer):
-        if sum(t.numel() for t in found) >= num_tokens:
+    found: list[Packed] = []
+    for _, window in held_out_windows(Mixture(corpora, 0, attend_across=attend_across), tokenizer):
+        if sum(w.tokens.numel() for w in found) >= num_tokens:
             break
-        if tokens.shape[1] > 1:
-            found.append(tokens)
+        if window.tokens.shape[1] > 1:
+            found.append(window)
     return found
 
 
@@ -88,7 +87,7 @@ def measure_perplexity(
     run: Run,
     variant: Variant,
     model: Any,
-    windows: Sequence[Tensor],
+    windows: Sequence[Packed],
     precision: Precision,
     trained: Sequence[LayerPredictor],
     entries: Sequence[dict[str, Any]],

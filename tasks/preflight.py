@@ -19,6 +19,7 @@ from prosparse_core.store import require_space
 from tasks import base_model
 from tasks.evaluation.benchmarks import plan_benchmarks
 from tasks.evaluation.checkpoint import config_of, of_source
+from tasks.mixture import require_documents_apart
 
 
 def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
@@ -30,7 +31,8 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
     Raises:
         BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
             is unknown or not allowed, a setting the recipe lacks something for, an imported folder that was not trained
-            with ReLU as its row says, more training processes than GPUs.
+            with ReLU as its row says, more training processes than GPUs, an architecture that cannot keep the documents
+            of a window apart.
         EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
     from prosparse_core.data.sources import check_source
@@ -49,6 +51,7 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
             _check_import(imported)
     else:
         settings.require_relu(recipe)
+    _check_documents(recipe)
     _check_devices(recipe.runtime)
     _check_compiler(recipe.runtime)
     shape = shape_of(recipe.model)
@@ -57,6 +60,18 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
         most = disk(recipe, shape, *stages).most[recipe.runtime.keep]
         # What an earlier attempt has left is not needed once more.
         require_space(home, max(0, most - _size(home / "store")), f"a run of {recipe.name}")
+
+
+def _check_documents(recipe: Recipe) -> None:
+    """Documents of a window can be kept apart, as far as the model's config is here."""
+    kind, _, rest = recipe.model.source.partition(":")
+    folder = Path(recipe.model.source).expanduser()
+    if kind == "random":
+        require_documents_apart(
+            recipe, base_model.with_family({**recipe.model.config, "model_type": rest}, recipe.model)
+        )
+    elif folder.is_dir():
+        require_documents_apart(recipe, base_model.with_family(config_of(folder), recipe.model))
 
 
 def _check_import(imported: Imported) -> None:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from kernels.bench import FFNWeights
+    from prosparse_core.document_masks import Packed
     from prosparse_core.prediction.recording import Recording
 
-VERSION = 4
+VERSION = 5
 BATCHES = (2, 4, 8)
 """Tokens at once, besides one: the whole FFN on the neurons that live for any of them."""
 CURVE = (0.0, 0.5, 0.7, 0.8, 0.89, 0.95)
@@ -65,6 +66,7 @@ def speed(
             "cpu": provenance()["cpu"],
             "compiler": _has_compiler(),
             "llama_cpp": llama_cpp_peer.version(),
+            "attend_across_documents": run.recipe.data.attend_across_documents,
         },
         inputs={**variant.inputs, "corpora": corpora, **{k: v for k, v in others.items() if v is not None}},
     )
@@ -98,8 +100,9 @@ def _build(
             f"speed.threads={section.threads}: this machine's compiler has no OpenMP", hint="use --set speed.threads=1"
         )
     model, tokenizer = load_variant(variant, "cpu")
-    windows = list(held_out_windows(Mixture(corpora.path, run.recipe.seed), tokenizer))
-    prompts = [tokens[:, :PROMPT_TOKENS] for tokens in _first_of_each_corpus(windows)]
+    mixture = Mixture(corpora.path, run.recipe.seed, attend_across=run.recipe.data.attend_across_documents)
+    windows = list(held_out_windows(mixture, tokenizer))
+    prompts = [window.tokens[:, :PROMPT_TOKENS] for window in _first_of_each_corpus(windows)]
     report = Reporter(work, run, variant, None if native else f"no native kernels: {native.why}")
     if original is not None and original.id != variant.id:
         work.fact("variants", **original.fact(run.recipe.model.id))
@@ -264,19 +267,19 @@ def _load_predictors(predictors: Artifact | None, model: nn.Module) -> tuple[lis
     return layers, meta["input"], [entry["cutoff"] for entry in meta["per_cutoff"]]
 
 
-def _record(model: nn.Module, windows: Sequence[tuple[str, Tensor]], num_tokens: int) -> Recording:
+def _record(model: nn.Module, windows: Sequence[tuple[str, Packed]], num_tokens: int) -> Recording:
     """``num_tokens`` inputs per layer, spread over one window of each corpus, in fp32: the masks must be reproduced."""
     import torch
 
     from prosparse_core.prediction.recording import record
 
-    available = sum(tokens.numel() for tokens in _first_of_each_corpus(windows))
+    available = sum(window.tokens.numel() for window in _first_of_each_corpus(windows))
     stride = max(1, available // num_tokens)
-    batches = (tokens for _, tokens in windows)
+    batches = (window for _, window in windows)
     return record(model, batches, num_tokens=num_tokens, precision="fp32", dtype=torch.float32, stride=stride)
 
 
-def _first_of_each_corpus(windows: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+def _first_of_each_corpus(windows: Sequence[tuple[str, Packed]]) -> list[Packed]:
     return list(dict(reversed(windows)).values())[::-1]
 
 

@@ -12,7 +12,7 @@ from prosparse_core.store import Artifact, read_record
 from prosparse_core.variants import MODEL, OPTIMIZER
 from tasks.step import Run, Work
 
-VERSION = 3
+VERSION = 4
 DISTILLATION_VERSION = 2
 STEERING_VERSION = 3
 """Of what a teacher adds to the loss, and of how lambda is steered: raised alone, they leave the other stages alone."""
@@ -52,8 +52,9 @@ def train_stage(
         "stage": index,
         "stages": [s.model_dump(mode="json") for s in train.stages[: index + 1]],
         "train": train.model_dump(mode="json", exclude={"stages"}),
-        "total_steps": train.total_steps,
+        **({"total_steps": train.total_steps} if train.schedule == "cosine" else {}),
         "precision": precision,
+        "attend_across_documents": run.recipe.data.attend_across_documents,
         **({} if stage.distill is None else {"distillation": DISTILLATION_VERSION}),
         **({} if stage.target_sparsity is None else {"steering": STEERING_VERSION}),
     }
@@ -127,6 +128,7 @@ def _build(
     device: str,
     seed: int,
 ) -> None:
+    from prosparse_core.mixing import Mixture
     from prosparse_core.stage_job import StageJob, run_stage
     from prosparse_core.training import last_lambda
 
@@ -143,6 +145,7 @@ def _build(
         precision=precision,
         device=device,
         runtime=runtime,
+        attend_across=run.recipe.data.attend_across_documents,
     )
     if runtime.is_launched:
         from prosparse_core.distributed.launch import launch
@@ -151,6 +154,10 @@ def _build(
         launch(job, work.progress, run.leader)
     else:
         run_stage(job, work.progress)
-    work.meta.update(
-        stage=index, l1=last_lambda(work.folder), tokens=train.stages[index].until_step * train.tokens_per_step
-    )
+    last = train.stages[index].until_step
+    mixture = Mixture(inputs["corpora"].path, seed, stages=train.stages[: index + 1])
+    epochs = mixture.epochs(last, train.tokens_per_step // mixture.seq_len)
+    for corpus, times in epochs.items():
+        if times > 1:
+            work.progress.note(f"{corpus}: by step {last} training has gone {times:.1f} times over its text")
+    work.meta.update(stage=index, l1=last_lambda(work.folder), tokens=last * train.tokens_per_step, epochs=epochs)

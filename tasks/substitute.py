@@ -7,7 +7,7 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
 from tasks.step import Run, Work
 
-VERSION = 3
+VERSION = 4
 CLIFF_TOKENS = 2048
 """Of each corpus: the fall is by a factor of thousands."""
 
@@ -21,7 +21,12 @@ def substitute(run: Run, dense: Artifact, corpora: Artifact) -> Artifact:
         "substitute · ReLU for the dense activation",
         lambda work: _build(work, run, dense, corpora, precision, device),
         version=VERSION,
-        config={"activation": "relu", "precision": precision, "batch_size": run.recipe.evaluate.batch_size},
+        config={
+            "activation": "relu",
+            "precision": precision,
+            "batch_size": run.recipe.evaluate.batch_size,
+            "attend_across_documents": run.recipe.data.attend_across_documents,
+        },
         inputs={"dense": dense, "corpora": corpora},
     )
 
@@ -32,7 +37,7 @@ def _build(work: Work, run: Run, dense: Artifact, corpora: Artifact, precision: 
     from prosparse_core.substitute import use_relu
     from prosparse_core.variants import load_variant
 
-    mixture = Mixture(corpora.path, run.recipe.seed)
+    mixture = Mixture(corpora.path, run.recipe.seed, attend_across=run.recipe.data.attend_across_documents)
     original = Variant("original", dense, "original")
     model, _ = load_variant(original, device)
     cliff: dict[str, dict[str, float]] = {}
@@ -43,11 +48,12 @@ def _build(work: Work, run: Run, dense: Artifact, corpora: Artifact, precision: 
             work.meta["swapped"] = use_relu(model)
         work.fact("variants", **variant.fact(run.recipe.model.id))
         for corpus in mixture.corpora:
-            tokens, labels = (part[: max(1, CLIFF_TOKENS // mixture.seq_len)] for part in mixture.calibration(corpus))
+            batch, some = mixture.calibration(corpus), slice(max(1, CLIFF_TOKENS // mixture.seq_len))
             found = measure(
                 model,
-                tokens,
-                labels,
+                batch.tokens[some],
+                batch.labels[some],
+                None if batch.positions is None else batch.positions[some],
                 precision=precision,
                 batch_size=run.recipe.evaluate.batch_size,
             )

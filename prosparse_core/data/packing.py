@@ -79,6 +79,15 @@ class Encoder:
         """The text of a chat, as the model reads it."""
         return self._format.render(document)[0]
 
+    def num_leading(self, *, is_chat: bool) -> int:
+        """How many tokens of the end of a document the next one begins with, where documents are kept apart.
+
+        Where a text has nothing of its own before it, what separates it from the text before says that it begins: it is
+        the last token to be predicted of the one, and the first that the other sees. A chat template writes its own
+        beginning.
+        """
+        return 0 if self.prefix or (is_chat and self._format.uses_template) else len(self.suffix)
+
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """The documents in their order."""
         texts = [d for d in documents if d.chat is None]
@@ -169,30 +178,43 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Window:
-    """``tokens`` int32 [seq_len] and ``mask`` uint8 [seq_len]; ``starts``: the documents that begin in it."""
+    """``tokens`` int32 [seq_len] and ``mask`` uint8 [seq_len]; ``starts``: the documents that begin in it.
+
+    ``begins`` uint8 [seq_len] is 1 where another document begins, or what is left of one: at the first place always.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
+    begins: np.ndarray
     starts: list[Document]
     num_filler: int = 0
     """Tokens without a label that repeat the beginning of another document to fill the window."""
 
 
-def pack_texts(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
-    """Documents one after the other, cut every ``seq_len`` tokens; the incomplete end is left out."""
-    tokens, mask = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8)
+def pack_texts(encoded: Iterable[Encoded], seq_len: int, num_leading: int = 0) -> Iterator[Window]:
+    """Documents one after the other, cut every ``seq_len`` tokens; the incomplete end is left out.
+
+    Args:
+        num_leading: see :meth:`Encoder.num_leading`.
+    """
+    tokens, mask, begins = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint8)
     starts: list[Document] = []
     for item in encoded:
+        begin = max(0, len(tokens) - num_leading)
         tokens, mask = np.concatenate([tokens, item.tokens]), np.concatenate([mask, item.mask])
+        begins = np.concatenate([begins, np.zeros(len(item.tokens), dtype=np.uint8)])
+        begins[begin] = 1
         starts.append(item.document)
         whole = len(tokens) // seq_len * seq_len
         for at in range(0, whole, seq_len):
-            yield Window(tokens[at : at + seq_len], mask[at : at + seq_len], starts)
+            begins[at] = 1
+            window = slice(at, at + seq_len)
+            yield Window(tokens[window], mask[window], begins[window], starts)
             starts = []
-        tokens, mask = tokens[whole:], mask[whole:]
+        tokens, mask, begins = tokens[whole:], mask[whole:], begins[whole:]
 
 
-def pack_whole(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
+def pack_whole(encoded: Iterable[Encoded], seq_len: int, num_leading: int = 0) -> Iterator[Window]:
     """Documents that stay whole: into each window goes the first of the next ``LOOKAHEAD`` documents that still fits.
 
     What room remains is filled with the beginning of the next document, without labels; that document follows whole.
@@ -229,7 +251,10 @@ def pack_whole(encoded: Iterable[Encoded], seq_len: int) -> Iterator[Window]:
             rest = left if len(left.tokens) else None
         mask = np.concatenate([part.mask for part in parts])
         if mask[1:].any():  # the first token of a window has nothing before it to be predicted from
-            yield Window(np.concatenate([part.tokens for part in parts]), mask, starts, num_filler)
+            begins = np.zeros(seq_len, dtype=np.uint8)
+            places = np.cumsum([0, *(len(part.tokens) for part in parts[:-1])])
+            begins[np.maximum(places - num_leading, 0)] = 1
+            yield Window(np.concatenate([part.tokens for part in parts]), mask, begins, starts, num_filler)
             starts = []
 
 

@@ -72,7 +72,8 @@ class Corpus:
         return documents(self.source, seed=self._seed)
 
     def _pack(self, encoded: Iterable[Encoded]) -> Iterator[Window]:
-        return (pack_whole if self.is_instruction else pack_texts)(encoded, self._data.seq_len)
+        pack = pack_whole if self.is_instruction else pack_texts
+        return pack(encoded, self._data.seq_len, self._encoder.num_leading(is_chat=self.is_instruction))
 
     def write_held_out(self, folder: Path, held_out: HeldOut) -> None:
         """Draw until both held-out splits have their tokens, and add what is drawn to ``held_out``."""
@@ -154,17 +155,17 @@ class Corpus:
             "seq_len": self._data.seq_len,
             "windows_per_shard": self.source.max_tokens // self._data.stream_shards // self._data.seq_len,
             "max_shards": self._data.stream_shards,
+            "num_leading": self._encoder.num_leading(is_chat=self.is_instruction),
         }
 
-    def describe(self, share: float, train_tokens: float, train: dict[str, Any]) -> dict[str, Any]:
-        """The corpus in the manifest. ``epochs`` of ``train_tokens`` may exceed 1 where text is scarce."""
+    def describe(self, share: float, train: dict[str, Any]) -> dict[str, Any]:
+        """The corpus in the manifest."""
         return {
             "name": self.name,
             "kind": self.source.kind,
             "instruction": self.is_instruction,
             "weight": self.source.weight,
             "share": share,
-            "epochs": train_tokens / train["tokens"] if train["tokens"] else 0.0,
             **({"stream": True} if self.source.stream else {}),
             "train": train,
             **self.splits,
@@ -172,27 +173,29 @@ class Corpus:
 
 
 class Shard:
-    """The windows of one corpus in one split: tokens, and the label mask where not every token is one."""
+    """The windows of one corpus in one split: tokens, beginnings of documents, and labels where not all tokens are."""
 
     def __init__(self, folder: Path, name: str, seq_len: int, with_mask: bool, num_rows: int = 0) -> None:
         self._tokens = RowWriter(folder / f"{name}.tokens.npy", seq_len, np.int32, num_rows)
+        self._begins = RowWriter(folder / f"{name}.begins.npy", -(-seq_len // 8), np.uint8, num_rows)
         self._mask = RowWriter(folder / f"{name}.mask.npy", seq_len, np.uint8, num_rows) if with_mask else None
         self._stack = ExitStack()
 
     def __enter__(self) -> Shard:
-        for writer in (self._tokens, self._mask):
+        for writer in (self._tokens, self._begins, self._mask):
             if writer is not None:
                 self._stack.enter_context(writer)
         return self
 
     def add(self, window: Window) -> None:
         self._tokens.add(window.tokens)
+        self._begins.add(np.packbits(window.begins))
         if self._mask is not None:
             self._mask.add(window.mask)
 
     def sync(self) -> None:
         """See :meth:`RowWriter.sync`."""
-        for writer in (self._tokens, self._mask):
+        for writer in (self._tokens, self._begins, self._mask):
             if writer is not None:
                 writer.sync()
 

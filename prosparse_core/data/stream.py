@@ -129,13 +129,13 @@ class Maker:
                 yield from batch.encoded
 
         with Shard(self._scratch, name, seq_len, with_mask) as shard:
-            for window in pack(encoded(), seq_len):
+            for window in pack(encoded(), seq_len, self._about["num_leading"]):
                 shard.add(window)
                 count += 1
         assert self._at is not None
         state = ShardState(number, start, count, position, self._at)
         write_json(self._index / f"{shard_name(self.name, number)}.json", asdict(state))
-        for kind in ("mask", "tokens"):  # a reader looks for the tokens
+        for kind in ("mask", "begins", "tokens"):  # a reader looks for the tokens
             made = self._scratch / f"{name}.{kind}.npy"
             if made.exists():
                 if state.end > needed:

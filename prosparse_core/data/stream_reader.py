@@ -18,6 +18,8 @@ from prosparse_core.data.stream import FAILURE, ShardState, shard_name, states
 from prosparse_core.errors import ProSparseError
 
 POLL_S = 0.05
+Row = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Of one window, or of several: tokens, packed begins of documents, and the label mask where there is one."""
 
 
 class Streams:
@@ -37,7 +39,7 @@ class Streams:
         self._process: subprocess.Popen[bytes] | None = None
         self._first: dict[str, int] = {}
         self._known: dict[str, list[ShardState]] = {}
-        self._open: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray | None]] = {}
+        self._open: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]] = {}
 
     def release(self, first: dict[str, int]) -> None:
         """No window before ``first`` of each corpus is needed any more; the first call begins the preparation."""
@@ -52,7 +54,8 @@ class Streams:
                 state = known.get(path.name.removesuffix(".tokens.npy"))
                 if state is None or state.end <= window:
                     path.unlink()
-                    path.with_name(path.name.replace(".tokens.", ".mask.")).unlink(missing_ok=True)
+                    for kind in (".begins.", ".mask."):
+                        path.with_name(path.name.replace(".tokens.", kind)).unlink(missing_ok=True)
         self._first = first
         if self._process is None:
             self._start(first)
@@ -72,8 +75,8 @@ class Streams:
                 start_new_session=True,
             )
 
-    def window(self, name: str, number: int, shuffle: Any) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens and label mask of a window; ``shuffle(shard, windows)`` is the order within its shard.
+    def window(self, name: str, number: int, shuffle: Any) -> Row:
+        """Tokens, packed begins and label mask of a window; ``shuffle(shard, windows)`` is the order in its shard.
 
         Raises:
             ProSparseError: what stopped the preparation.
@@ -85,15 +88,16 @@ class Streams:
             for old in [k for k in self._open if k[0] == name and k[1] < state.number - 1]:
                 del self._open[old]
             path = self._scratch / f"{shard_name(*key)}.tokens.npy"
-            mask = path.with_name(path.name.replace(".tokens.", ".mask."))
+            begins, mask = (path.with_name(path.name.replace(".tokens.", kind)) for kind in (".begins.", ".mask."))
             self._open[key] = (
                 shuffle(state.number, state.windows),
                 np.load(path, mmap_mode="r"),  # a shard may be larger than memory, and every rank reads it
+                np.load(begins, mmap_mode="r"),
                 np.load(mask, mmap_mode="r") if mask.exists() else None,
             )
-        order, tokens, labels = self._open[key]
+        order, tokens, begins_, labels = self._open[key]
         place = int(order[number - state.start])
-        return tokens[place], None if labels is None else labels[place]
+        return tokens[place], begins_[place], None if labels is None else labels[place]
 
     def _states(self, name: str) -> list[ShardState]:
         self._known[name] = states(self._index, name)

@@ -71,6 +71,7 @@ class TrainWindows:
     Args:
         folder: the mixture's.
         documents: the documents of the corpus from the first on; called once.
+        num_leading: see :meth:`prosparse_core.data.packing.Encoder.num_leading`.
         shard_tokens: see ``SHARD_TOKENS``; decides the windows, by where packing begins anew.
     """
 
@@ -83,10 +84,12 @@ class TrainWindows:
         seq_len: int,
         max_tokens: int,
         is_chat: bool,
+        num_leading: int,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self._name, self._folder, self._documents, self._seq_len = name, folder, documents, seq_len
         self._max_tokens, self._num_windows, self._is_chat = max_tokens, max_tokens // seq_len, is_chat
+        self._num_leading = num_leading
         self._per_shard = max(1, shard_tokens // seq_len)
         self._record = folder / PROGRESS / f"{name}.json"
         self.written = Written()
@@ -138,5 +141,5 @@ class TrainWindows:
                 self.written.duplicates += batch.num_duplicates
                 yield from batch.encoded
 
-        pack: Callable[[Iterable[Encoded], int], Iterator[Window]] = pack_whole if self._is_chat else pack_texts
-        return itertools.islice(pack(encoded(), self._seq_len), self._num_windows - start)
+        pack: Callable[[Iterable[Encoded], int, int], Iterator[Window]] = pack_whole if self._is_chat else pack_texts
+        return itertools.islice(pack(encoded(), self._seq_len, self._num_leading), self._num_windows - start)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prosparse_core.distributed.ranks import Ranks
+from prosparse_core.document_masks import forward_arguments
 from prosparse_core.errors import ProSparseError
 from prosparse_core.families import find_ffns
 from prosparse_core.precision import Precision
@@ -58,16 +59,17 @@ class Forward:
     """Calls the model in one process of several: averages gradients over all of them in the step's last backward."""
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self._model: nn.Module = model
+        self._plain, self._model = model, model
         self._is_ddp = ranks.size > 1 and not is_sharded(model)
         if self._is_ddp:
             self._model = nn.parallel.DistributedDataParallel(
                 model, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, vocab] of ``tokens`` [B, T]."""
-        return self._model(input_ids=tokens, use_cache=False).logits
+    def __call__(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [B, T, vocab] of ``tokens`` [B, T]; ``positions`` as in :mod:`prosparse_core.document_masks`."""
+        more = forward_arguments(self._plain, positions)
+        return self._model(input_ids=tokens, use_cache=False, **more).logits
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[object]:
         """Around each pass of a step and its backward. FSDP reduces after every pass: whole gradients do not fit."""

@@ -18,6 +18,8 @@ from prosparse_core.planning.shapes import shape_of as shape_of
 from prosparse_core.precision import resolve
 from prosparse_core.recipe import Recipe
 from prosparse_core.recipe_machine import Shape
+from prosparse_core.schedule import first_step, learning_rate
+from prosparse_core.shares import SampleOrder, segments_of
 
 MOST_GPUS = 4096
 """As far as a way out is looked for."""
@@ -32,6 +34,11 @@ class StageCost:
     until_step: int
     l1: float
     ramp: str
+    phase: str
+    lr: tuple[float, float]
+    """The learning rate at its first step and at its last."""
+    mixture: dict[str, float]
+    """Its share of each corpus it trains on."""
     tokens: int
     """Accumulated tokens at the end of the stage, as the paper's tables print them."""
 
@@ -68,6 +75,8 @@ class Cost:
     disk: Disk
     keep: Literal["last", "all"]
     stages: list[StageCost]
+    corpora: dict[str, int]
+    """Tokens that the stages together take of each corpus."""
 
 
 def training_flops(recipe: Recipe, s: Shape) -> float:
@@ -117,10 +126,11 @@ def cost(
         memory=found,
         memory_bytes=found.total * layout.world,
         fit=Fit(fits, limit, ways),
-        preparation=preparation(recipe, layout, recipe.train.total_tokens, hours),
+        preparation=preparation(recipe, layout, _taken(recipe), hours),
         disk=disk(recipe, shape),
         keep=recipe.runtime.keep,
         stages=_stages(recipe),
+        corpora=_taken(recipe),
     )
 
 
@@ -140,7 +150,9 @@ def comparison_cost(
         tokens=trained.tokens,
         flops=one.flops * more,
         hours=one.hours * more,
-        preparation=preparation(recipe, one.layout, trained.tokens, one.hours * more),
+        preparation=preparation(
+            recipe, one.layout, {name: count * more for name, count in one.corpora.items()}, one.hours * more
+        ),
         disk=disk(recipe, shape, trained.num_stages, trained.num_last),
     )
 
@@ -222,9 +234,31 @@ def _hours(recipe: Recipe, shape: Shape, layout: Layout, flops: float, tokens_pe
 
 
 def _stages(recipe: Recipe) -> list[StageCost]:
-    stages, before = [], 0
-    for index, stage in enumerate(recipe.train.stages):
-        tokens = stage.until_step * recipe.train.tokens_per_step
-        stages.append(StageCost(index, before + 1, stage.until_step, stage.l1, stage.ramp, tokens))
-        before = stage.until_step
+    train, stages = recipe.train, []
+    for index, stage in enumerate(train.stages):
+        first, last = first_step(train.stages, index), stage.until_step
+        weights = stage.mixture or {source.name: source.weight for source in recipe.data.sources}
+        whole = sum(weights.values())
+        stages.append(
+            StageCost(
+                index=index,
+                first_step=first,
+                until_step=last,
+                l1=stage.l1,
+                ramp=stage.ramp,
+                phase=stage.phase,
+                lr=(learning_rate(train, first), learning_rate(train, last)),
+                mixture={name: weight / whole for name, weight in weights.items() if weight},
+                tokens=last * train.tokens_per_step,
+            )
+        )
     return stages
+
+
+def _taken(recipe: Recipe) -> dict[str, int]:
+    train, seq_len = recipe.train, recipe.data.seq_len
+    weights = {source.name: source.weight for source in recipe.data.sources}
+    sequences = train.tokens_per_step // seq_len
+    order = SampleOrder(recipe.seed, segments_of(weights, train.stages, sequences))
+    taken = order.before(train.total_steps * sequences)
+    return {name: samples * seq_len for name, samples in zip(weights, taken, strict=True)}

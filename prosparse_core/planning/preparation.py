@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prosparse_core.data.processes import MOST_PROCESSES, TOKENS_PER_CPU_S, num_processes
@@ -34,13 +35,11 @@ class Preparation:
         return self.stream_rate >= self.streamed_tokens_per_s
 
 
-def preparation(recipe: Recipe, layout: Layout, train_tokens: int, train_hours: float) -> Preparation:
-    """For a recipe that trains ``train_tokens`` in ``train_hours``, all settings of a comparison together."""
-    weights = sum(source.weight for source in recipe.data.sources)
-    trained = [source for source in recipe.data.sources if source.weight]
+def preparation(recipe: Recipe, layout: Layout, taken: Mapping[str, float], train_hours: float) -> Preparation:
+    """For a training of ``train_hours``, all settings of a comparison together; ``taken``: its tokens by corpus."""
+    trained = [source for source in recipe.data.sources if taken[source.name]]
     tokens = sum(source.max_tokens for source in trained if not source.stream)
-    share = sum(source.weight for source in trained if source.stream) / weights
-    streamed = round(train_tokens * share)
+    streamed = round(sum(taken[source.name] for source in trained if source.stream))
     shards = [source.max_tokens // recipe.data.stream_shards for source in trained if source.stream]
     # A node with GPUs has more cores than are used by default; this machine need not be one.
     asked, cores = recipe.runtime.data_processes, MOST_PROCESSES if layout.device.is_gpu else None

@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from prosparse_core.document_masks import Packed
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
 from prosparse_core.perplexity import Measured, measure
@@ -74,15 +75,21 @@ def logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def measure_windows(model: nn.Module, windows: Sequence[Tensor], precision: Precision, batch_size: int = 4) -> Measured:
+def measure_windows(
+    model: nn.Module, windows: Sequence[Tensor | Packed], precision: Precision, batch_size: int = 4
+) -> Measured:
     """Perplexity and sparsity over windows [1, length] of any lengths, each on its own; neighbours of one length share
     a forward pass. Every token of a window but the first counts."""
     parts: list[tuple[Measured, int]] = []
+    packed = [Packed.of(window) for window in windows]
     start = 0
-    for end in range(1, len(windows) + 1):
-        if end == len(windows) or end - start == batch_size or windows[end].shape != windows[start].shape:
-            tokens = torch.cat(list(windows[start:end]))
-            parts.append((measure(model, tokens, tokens, precision=precision, batch_size=batch_size), tokens.numel()))
+    for end in range(1, len(packed) + 1):
+        if end == len(packed) or end - start == batch_size or packed[end].tokens.shape != packed[start].tokens.shape:
+            tokens = torch.cat([window.tokens for window in packed[start:end]])
+            places = [window.positions for window in packed[start:end] if window.positions is not None]
+            positions = torch.cat(places) if places else None
+            measured = measure(model, tokens, tokens, positions, precision=precision, batch_size=batch_size)
+            parts.append((measured, tokens.numel()))
             start = end
     forwarded = sum(n for _, n in parts)
     return Measured(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prosparse_core.document_masks import Packed, forward_arguments, positions_of
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
 from prosparse_core.forward import last_logits_only
@@ -107,16 +108,21 @@ def bytes_per_token(d_model: int, d_ff: int, num_layers: int) -> int:
     return num_layers * (2 * d_model + 2 * -(-d_ff // 8))
 
 
-def calibration_windows(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
+def calibration_windows(mixture: Mixture) -> Iterator[tuple[str, Packed]]:
     """The windows thresholds are chosen on, as (corpus, int64 [1, seq_len]), the corpora taking turns."""
-    windows = {corpus: mixture.calibration(corpus)[0] for corpus in mixture.corpora}
-    for turn in range(max(len(rows) for rows in windows.values())):
+    found = {corpus: mixture.calibration(corpus) for corpus in mixture.corpora}
+    yield from _in_turns({corpus: Packed(batch.tokens, batch.positions) for corpus, batch in found.items()})
+
+
+def _in_turns(windows: dict[str, Packed]) -> Iterator[tuple[str, Packed]]:
+    for turn in range(max(len(rows.tokens) for rows in windows.values())):
         for corpus, rows in windows.items():
-            if turn < len(rows):
-                yield corpus, rows[turn : turn + 1]
+            if turn < len(rows.tokens):
+                one = slice(turn, turn + 1)
+                yield corpus, Packed(rows.tokens[one], None if rows.positions is None else rows.positions[one])
 
 
-def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Tensor]]:
+def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Packed]]:
     """Full windows of the evaluation documents as (corpus, int64 [1, seq_len]), the corpora taking turns.
 
     So any beginning of the stream has about as much of each corpus. A corpus shorter than ``seq_len`` is one window of
@@ -125,22 +131,27 @@ def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Te
     from prosparse_core.data.packing import Encoder
 
     encoder = Encoder(tokenizer)
-    windows: dict[str, Tensor] = {}
+    windows: dict[str, Packed] = {}
     for corpus in mixture.corpora:
-        encoded = encoder.encode(mixture.held_out("evaluation", corpus))
+        documents = mixture.held_out("evaluation", corpus)
+        encoded = encoder.encode(documents)
         tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()
         length = min(mixture.seq_len, len(tokens))
-        windows[corpus] = tokens[: len(tokens) // length * length].view(-1, length)
-    for turn in range(max(len(rows) for rows in windows.values())):
-        for corpus, rows in windows.items():
-            if turn < len(rows):
-                yield corpus, rows[turn : turn + 1]
+        whole = len(tokens) // length * length
+        positions = None
+        if not mixture.attend_across:
+            begins = torch.zeros(len(tokens), dtype=torch.bool)
+            places = torch.tensor([0, *(len(e.tokens) for e in encoded[:-1])]).cumsum(0)
+            begins[(places - encoder.num_leading(is_chat=documents[0].prompt is not None)).clamp(min=0)] = True
+            positions = positions_of(begins[:whole].view(-1, length))
+        windows[corpus] = Packed(tokens[:whole].view(-1, length), positions)
+    yield from _in_turns(windows)
 
 
 @torch.inference_mode()
 def record(
     model: nn.Module,
-    batches_of_tokens: Iterable[Tensor],
+    batches_of_tokens: Iterable[Tensor | Packed],
     *,
     num_tokens: int,
     precision: Precision,
@@ -154,7 +165,8 @@ def record(
     """Forward full windows until ``num_tokens`` positions are recorded, or the windows are used up.
 
     Args:
-        batches_of_tokens: each [windows, seq_len]; every position counts, so none may be padding.
+        batches_of_tokens: each [windows, seq_len], where documents are kept apart with their positions; every position
+            counts, so none may be padding.
         num_tokens: the most positions to keep; what lies beyond is dropped. Memory (or disk) is taken for all of them
             at once: ``d_model`` numbers of ``dtype`` and ``d_ff / 8`` bytes per layer and token.
         precision: of the forward passes; the mask is the one this precision gives.
@@ -179,10 +191,11 @@ def record(
     model.eval()
     try:
         with _Recorder(model, num_tokens, layers, dtype, stride, source, top_share, folder) as recorder:
-            for tokens in batches_of_tokens:
+            for tokens, positions in map(Packed.of, batches_of_tokens):
+                more = forward_arguments(model, positions)
                 with autocast(precision, device.type):
                     # The logits of one position: the language model's head is no part of what is recorded.
-                    model(input_ids=tokens.to(device), use_cache=False, **last_logits_only(model))
+                    model(input_ids=tokens.to(device), use_cache=False, **more, **last_logits_only(model))
                 if recorder.is_full():
                     break
             return recorder.recording()

@@ -45,7 +45,7 @@ FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, 
 SELECT DISTINCT v.variant, v.setting, v.checkpoint, v.seed, v.l1
 FROM variant_facts v JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDER BY ALL""",
     "training": """
-SELECT stage, step, tokens, l1_lambda, lm_loss, l1_term, sparsity, tokens_per_s, artifact
+SELECT stage, step, tokens, l1_lambda, lr, lm_loss, l1_term, sparsity, tokens_per_s, artifact
 FROM loss_curve WHERE run_id = {run} ORDER BY step, stage, artifact""",
     "cliff": """
 SELECT v.setting, e.corpus, e.value AS perplexity, e.n

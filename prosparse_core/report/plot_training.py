@@ -1,4 +1,4 @@
-"""The plot of the training: loss, lambda and sparsity over steps, with the stages marked."""
+"""The plot of the training: loss, lambda, learning rate and sparsity over steps, with the stages marked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from prosparse_core.report.sheet import GRID, MUTED, PAPER, SERIES, SMALL, Sheet
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+SET = ("l1_lambda", "lr")
+"""What is set and not measured: drawn as it is."""
 MAX_POINTS = 900
 """More raw points than this are drawn as the least and the greatest of each stretch; the data file has all."""
 
@@ -43,7 +45,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> li
 
 
 def training(data: ReportData) -> Plot:
-    """Loss, lambda and sparsity over steps on aligned panels, with the stages marked."""
+    """Loss, lambda, learning rate and sparsity over steps on aligned panels, with the stages marked."""
     rows = [{k: v for k, v in row.items() if k != "artifact"} for row in data["training"]]
     by_stage: dict[Any, list[Record]] = {}
     for row in rows:
@@ -56,21 +58,22 @@ def training(data: ReportData) -> Plot:
     panels = [
         ("lm_loss", f"Loss (nats per token{', log scale' if is_log else ''})", 1.0),
         ("l1_lambda", "Lambda", 1.0),
+        ("lr", "Learning rate", 1.0),
         ("sparsity", "Sparsity of x1 (%)", 100.0),
     ]
 
     def paint(width: int) -> Sheet:
-        sheet = Sheet(width, 590)
+        sheet = Sheet(width, 728)
         left, right, ax = 52, 8, None
         for number_, ((column, title, factor), top, height) in enumerate(
-            zip(panels, (48, 268, 406), (170, 88, 140), strict=True)
+            zip(panels, (48, 268, 406, 544), (170, 88, 88, 140), strict=True)
         ):
             ax = sheet.axes(left, top, width - left - right, height, title=title, share_x=ax)
             grid(ax)
             for part in by_stage.values():
                 points = [(r["step"], factor * r[column]) for r in part if is_number(r[column])]
                 # A short stage is smoothed over less: its own course must stay visible.
-                _trace(ax, points, SERIES[number_], min(reach, len(part) // 8) if column != "l1_lambda" else 0)
+                _trace(ax, points, SERIES[number_], min(reach, len(part) // 8) if column not in SET else 0)
             _scale(ax, column, is_log)
             ax.tick_params(labelbottom=column == "sparsity")
             _stages(ax, by_stage, sheet if number_ == 0 else None, width - left - right)
@@ -79,7 +82,7 @@ def training(data: ReportData) -> Plot:
         ax.set_xlabel("optimizer step, counted over all stages")
         return sheet
 
-    aid = "The three panels share the step axis and each band is one stage of the recipe; "
+    aid = "The four panels share the step axis and each band is one stage of the recipe; "
     aid += (
         "the light trace is every logged step, the dark one its mean over up to "
         f"{2 * reach + 1} neighbouring steps of the same stage."
@@ -120,7 +123,7 @@ def _scale(ax: Axes, column: str, is_log: bool) -> None:
         ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plain(v)))
         ax.yaxis.set_minor_formatter(NullFormatter())
-    elif column == "l1_lambda":
+    elif column in SET:
         top = ax.dataLim.y1
         ax.set_ylim(0, 1.12 * top if 0 < top < 1e30 else 1.0)
         ax.locator_params(axis="y", nbins=4)
@@ -174,8 +177,9 @@ def _alt_training(rows: list[Record], by_stage: dict[Any, list[Record]]) -> str:
         return ""
     first, last = rows[0], rows[-1]
     return (
-        f"Three line charts over {len(rows):,} logged steps in {len(by_stage)} stages: "
+        f"Four line charts over {len(rows):,} logged steps in {len(by_stage)} stages: "
         f"the loss goes from {number(first['lm_loss'])} to {number(last['lm_loss'])} nats, "
         f"lambda from {plain(first['l1_lambda'])} to {plain(last['l1_lambda'])}, "
+        f"the learning rate from {plain(first['lr'])} to {plain(last['lr'])}, "
         f"batch sparsity from {pct(first['sparsity'])} to {pct(last['sparsity'])}."
     )

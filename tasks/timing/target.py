@@ -21,6 +21,7 @@ OWN_DATA: dict[str, Any] = {
     "calibration_tokens": 1024,
     "evaluation_tokens": 2048,
     "choice_questions": 0,
+    "attend_across_documents": True,  # whatever the architecture
     "sources": [{"name": "python-code", "kind": "python-code", "weight": 1, "max_tokens": 4096}],
 }
 """Text for a checkpoint that no run here trained: what every Python installation carries."""

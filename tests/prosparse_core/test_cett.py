@@ -54,7 +54,9 @@ def brute_force(model: Any, tokens: Tensor, layer: int, precision: Precision) ->
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "gpt2", "opt", "minicpm"])
 def test_every_candidate_is_as_the_definition_says(model_type: str, precision: Precision) -> None:
     model, x = relu_model(model_type=model_type), tokens(5, 12)
-    curves = measure_cett(model, [(x[:3], x[:3]), (x[3:], x[3:])], precision=precision, num_tokens=60, batch_size=5)
+    curves = measure_cett(
+        model, [(x[:3], x[:3], None), (x[3:], x[3:], None)], precision=precision, num_tokens=60, batch_size=5
+    )
     assert len(curves) == 3
     for layer, curve in enumerate(curves):
         cett_of = brute_force(model, x, layer, precision)
@@ -67,7 +69,7 @@ def test_every_candidate_is_as_the_definition_says(model_type: str, precision: P
 
 def test_the_thresholds_of_a_cett_take_that_share_and_no_smaller_one_takes_more() -> None:
     model, x = relu_model(seed=3), tokens(4, 16)
-    curves = measure_cett(model, [(x, x)], precision="fp32")
+    curves = measure_cett(model, [(x, x, None)], precision="fp32")
     found = {c: thresholds_at(curves, c) for c in (0.0, 0.1, 0.3, 0.6)}
     assert found[0.0] == [0.0, 0.0, 0.0]
     for cett, per_layer in list(found.items())[1:]:
@@ -105,7 +107,7 @@ def test_a_layer_without_output_loses_nothing_and_a_dead_one_gets_no_threshold()
     with torch.no_grad():
         ffns[0].down_weight.zero_()
         ffns[1].act_weight.zero_()
-    no_output, dead, whole = measure_cett(model, [(x, x)], precision="fp32")
+    no_output, dead, whole = measure_cett(model, [(x, x, None)], precision="fp32")
     assert no_output.num_tokens == dead.num_tokens == 0
     assert not bool(no_output.cett.any())
     assert no_output.largest_threshold(0.1) == float(no_output.thresholds[-1]) > 0
@@ -136,24 +138,24 @@ def test_positions_are_spread_over_corpora_and_end_with_the_labels() -> None:
     labels = torch.full_like(chat, -100)
     labels[0, 3:6] = 1
     labels[1, 2] = 1
-    found, mask = sample_positions([(plain, plain), (chat, labels)], 1000)
+    found, mask, _ = sample_positions([(plain, plain, None), (chat, labels, None)], 1000)
     assert torch.equal(found, torch.cat([plain, chat]))
     assert mask.sum(1).tolist() == [10, 10, 10, 10, 6, 3], "prompts count, what follows the last label is filler"
-    _, few = sample_positions([(plain, plain), (chat, labels)], 7)
+    _, few, _ = sample_positions([(plain, plain, None), (chat, labels, None)], 7)
     assert few.sum() == 7
     assert bool((few <= mask).all())
     assert int(few.any(1).sum()) >= 4
     many = torch.zeros(500, 10, dtype=torch.long)
-    found, mask = sample_positions([(many, many)], 1000)
+    found, mask, _ = sample_positions([(many, many, None)], 1000)
     assert found.shape == (64, 10)
     with pytest.raises(BadInput, match="not one whole window"):
-        sample_positions([(plain[:0], plain[:0])], 5)
+        sample_positions([(plain[:0], plain[:0], None)], 5)
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model, x = relu_model().train(), tokens()
     done: list[tuple[int, int]] = []
-    measure_cett(model, [(x, x)], precision="fp32", batch_size=1, on_batch=lambda i, n: done.append((i, n)))
+    measure_cett(model, [(x, x, None)], precision="fp32", batch_size=1, on_batch=lambda i, n: done.append((i, n)))
     assert done == [(1, 2), (2, 2)]
     assert model.training
     assert not any(f.activation._forward_pre_hooks or f.down._forward_pre_hooks for f in find_ffns(model))
@@ -161,8 +163,10 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_batches_choose_candidates_but_not_what_they_cost() -> None:
     model, x = relu_model(), tokens(4, 8)
-    every = measure_cett(model, [(x, x)], precision="fp32", batch_size=4)  # few enough: every live gate is a candidate
-    some = measure_cett(model, [(x, x)], precision="fp32", batch_size=1)
+    every = measure_cett(
+        model, [(x, x, None)], precision="fp32", batch_size=4
+    )  # few enough: every live gate is a candidate
+    some = measure_cett(model, [(x, x, None)], precision="fp32", batch_size=1)
     for whole, part in zip(every, some, strict=True):
         assert len(part.thresholds) < len(whole.thresholds) < NUM_CANDIDATES
         places = torch.searchsorted(whole.thresholds, part.thresholds)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,14 +15,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_corpora import SEED, SEQ_LEN, digests, notes, real_data
+from tiny_corpora import SEED, SEQ_LEN, data_of, digests, files, notes, real_data
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
 from prosparse_core.data.packing import Encoder
 from prosparse_core.data.sources import split_of
 from prosparse_core.errors import BadInput
-from prosparse_core.mixing import BLOCK, Mixture, block_counts, permutation, prepare
-from prosparse_core.recipe import Source
+from prosparse_core.mixing import Mixture, prepare
+from prosparse_core.recipe_mixture import BLOCK, block_counts
+from prosparse_core.recipe_train import Stage
+from prosparse_core.shares import permutation
 
 
 class Watcher:
@@ -46,7 +49,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, watcher: Watcher) -> Path
     """The three real corpora and one of weight 0, prepared with a chat tokenizer."""
     base = tmp_path_factory.mktemp("mixture")
     data = real_data(notes(base / "notes", 400))
-    manifest = prepare(data, tiny_tokenizer(chat=CHAT), base / "out", seed=SEED, train_tokens=50_000, progress=watcher)
+    manifest = prepare(data, tiny_tokenizer(chat=CHAT), base / "out", seed=SEED, progress=watcher)
     assert manifest == json.loads((base / "out" / "manifest.json").read_text())
     return base / "out"
 
@@ -69,9 +72,9 @@ def test_the_folder_has_what_the_layout_says(prepared: Path) -> None:
         "manifest.json",
         "held_out.json",
         "evaluation/choices.jsonl",
-        *(f"train/{name}.tokens.npy" for name in (*text, chat)),
+        *(f"train/{name}.{kind}.npy" for name in (*text, chat) for kind in ("tokens", "begins")),
         f"train/{chat}.mask.npy",
-        *(f"calibration/{name}.tokens.npy" for name in (*text, chat, "notes")),
+        *(f"calibration/{name}.{kind}.npy" for name in (*text, chat, "notes") for kind in ("tokens", "begins")),
         f"calibration/{chat}.mask.npy",
         *(f"{split}/{name}.jsonl" for split in ("calibration", "evaluation") for name in (*text, chat, "notes")),
     }
@@ -103,16 +106,13 @@ def test_the_manifest_counts_what_is_on_disk(prepared: Path, mixture: Mixture) -
             assert 0.2 < mask.mean() < 0.95
         elif name != "notes":
             assert entry["train"]["label_share"] == 1.0
-            assert entry["epochs"] == pytest.approx(50_000 * entry["share"] / entry["train"]["tokens"])
         assert entry["evaluation"]["tokens"] >= 4096
         assert entry["calibration"]["tokens"] >= 4096
     notes_entry = manifest["corpora"][3]
-    assert (notes_entry["epochs"], notes_entry["train"]["windows"], notes_entry["share"]) == (0, 0, 0)
-    instructions = manifest["corpora"][2]
-    assert instructions["epochs"] > 1
+    assert (notes_entry["trained"], notes_entry["train"]["windows"], notes_entry["share"]) == (False, 0, 0)
 
 
-def test_progress_rises_to_the_end_and_tells_of_repeated_text(prepared: Path, watcher: Watcher) -> None:
+def test_progress_rises_to_the_end(prepared: Path, watcher: Watcher) -> None:
     done = [update[0] for update in watcher.updates]
     assert done == sorted(done)
     assert {update[1] for update in watcher.updates} == {65_000}
@@ -120,7 +120,6 @@ def test_progress_rises_to_the_end_and_tells_of_repeated_text(prepared: Path, wa
     assert {update[2].get("corpus") for update in watcher.updates} == {
         "python-code", "package-docs", "code-instructions", None,
     }  # fmt: skip
-    assert watcher.notes == ["code-instructions: training goes 2.0 times over its text"]
 
 
 def test_no_file_is_in_two_splits(prepared: Path, mixture: Mixture) -> None:
@@ -164,7 +163,8 @@ def test_held_out_documents_become_the_tokens_that_were_counted(prepared: Path, 
 def test_calibration_windows_are_the_held_out_text(mixture: Mixture) -> None:
     encoder = Encoder(tiny_tokenizer(chat=CHAT))
     for corpus in mixture.corpora:
-        tokens, labels = mixture.calibration(corpus)
+        batch = mixture.calibration(corpus)
+        tokens, labels = batch.tokens, batch.labels
         assert tokens.dtype == labels.dtype == torch.int64
         assert tokens.shape == labels.shape
         assert tokens.numel() >= 4096
@@ -176,6 +176,39 @@ def test_calibration_windows_are_the_held_out_text(mixture: Mixture) -> None:
             assert torch.equal(tokens, labels)
             joined = np.concatenate([e.tokens for e in encoded])[: tokens.numel()]
             assert tokens.ravel().tolist() == joined.tolist()
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_positions_count_from_the_beginning_of_each_document(tmp_path: Path, adds_bos: bool) -> None:
+    """On disk, in a stream of shards, and held out: from BOS, or from the separator before a text."""
+    tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+    folder = tmp_path / "store" / "mixture" / "x"
+    folder.mkdir(parents=True)
+    path = notes(tmp_path / "notes", 80)
+    data = data_of(files("whole", path), files("streamed", path, stream=True, max_tokens=2000), stream_shards=2)
+    prepare(data, tokenizer, folder, seed=SEED)
+    first = tokenizer.bos_token_id if adds_bos else tokenizer.eos_token_id
+    with contextlib.closing(Mixture(folder, SEED, tmp_path / "work")) as mixture:
+        batches = [mixture.batch(step, 8) for step in range(1, 4)] + [mixture.calibration("whole")]
+    with contextlib.closing(Mixture(folder, SEED, tmp_path / "work", attend_across=True)) as mixture:
+        across = [mixture.batch(step, 8) for step in range(1, 4)] + [mixture.calibration("whole")]
+    assert {c for batch in batches for c in batch.corpora} == {0, 1}
+    seen = 0
+    for batch, other in zip(batches, across, strict=True):
+        assert other.positions is None
+        assert torch.equal(batch.tokens, other.tokens)
+        assert torch.equal(other.labels, other.tokens)
+        assert batch.positions is not None
+        for tokens, positions, labels in zip(batch.tokens, batch.positions, batch.labels, strict=True):
+            expected, position = [], 0
+            for place, token in enumerate(tokens.tolist()):
+                position = 0 if place == 0 or token == first else position + 1
+                expected.append(position)
+            assert positions.tolist() == expected
+            seen += sum(p == 0 for p in expected[1:])
+            # BOS is never predicted from another document; the separator ends the one before, which predicts it
+            assert torch.equal(labels, tokens.masked_fill(positions == 0, -100) if adds_bos else tokens)
+    assert seen >= 4
 
 
 def test_labels_of_instructions_are_answers(mixture: Mixture) -> None:
@@ -193,7 +226,7 @@ def test_labels_of_instructions_are_answers(mixture: Mixture) -> None:
                 assert "<|user|>" not in answers
             else:
                 assert torch.equal(tokens, labels)
-    assert seen > 10
+    assert seen >= 4
 
 
 # batch(step)
@@ -265,6 +298,47 @@ def test_each_epoch_takes_every_window_once_in_another_order(mixture: Mixture) -
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
+STAGES = [
+    Stage(until_step=30, l1=0),
+    Stage(until_step=60, l1=0, mixture={"code-instructions": 1, "package-docs": 2}),
+    Stage(until_step=260, l1=0, mixture={"code-instructions": 1}),
+]
+
+
+def test_a_stage_takes_its_own_corpora_and_goes_on_where_the_one_before_left_off(
+    mixture: Mixture, prepared: Path
+) -> None:
+    """Before a corpus has gone round no window of it comes again, whatever stages it was trained on in."""
+    staged = Mixture(prepared, SEED, stages=STAGES)
+    found: dict[int, list[bytes]] = {}
+    for step in range(1, 61):
+        batch, before = staged.batch(step, 4), mixture.batch(step, 4)
+        assert torch.equal(batch.tokens, before.tokens) == (step <= 30)
+        assert torch.equal(batch.tokens, Mixture(prepared, SEED, stages=STAGES).batch(step, 4).tokens)
+        if step > 30:
+            assert {staged.corpora[c] for c in batch.corpora} <= {"code-instructions", "package-docs"}
+        for tokens, corpus in zip(batch.tokens, batch.corpora, strict=True):
+            found.setdefault(corpus, []).append(tokens.numpy().tobytes())
+    for corpus, rows in found.items():
+        assert len(rows) > 30
+        num_windows = mixture.manifest["corpora"][corpus]["train"]["windows"]
+        name = mixture.corpora[corpus]
+        on_disk = [row.astype(np.int64).tobytes() for row in np.load(prepared / "train" / f"{name}.tokens.npy")]
+        expected = [on_disk[w] for w in permutation(num_windows, SEED, name, 0)]
+        assert rows[:num_windows] == expected[: len(rows)]
+    assert staged.batch(61, 4).corpora == [staged.corpora.index("code-instructions")] * 4
+
+
+def test_epochs_are_the_turns_over_the_windows(mixture: Mixture, prepared: Path) -> None:
+    staged = Mixture(prepared, SEED, stages=STAGES)
+    taken = Counter(c for step in range(1, 201) for c in staged.batch(step, 4).corpora)
+    windows = [entry["train"]["windows"] for entry in mixture.manifest["corpora"][:3]]
+    assert staged.epochs(200, 4) == {
+        name: taken[c] / windows[c] for c, name in enumerate(staged.corpora) if name != "notes"
+    }
+    assert staged.epochs(200, 4)["code-instructions"] > 5
+
+
 @given(st.integers(0, 3000), st.integers())
 @settings(max_examples=50, deadline=None)
 def test_a_permutation_is_one(length: int, key: int) -> None:
@@ -290,8 +364,8 @@ GOLDEN = [3, 1, 2, 6, 0, 7, 5, 4]
 # weights
 
 
-def weighted(*weights: float) -> list[Source]:
-    return [Source(name=f"s{i}", kind="python-code", weight=w) for i, w in enumerate(weights)]
+def weighted(*weights: float) -> dict[str, float]:
+    return {f"s{i}": weight for i, weight in enumerate(weights)}
 
 
 @given(st.lists(st.floats(0.01, 1) | st.just(0.0), min_size=1, max_size=9).filter(any))
@@ -324,7 +398,7 @@ def test_another_process_with_another_hash_seed_gives_the_same_bytes(prepared: P
         f"sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
         "from test_mixing import CHAT, SEED, prepare, real_data, tiny_tokenizer\n"
         f"prepare(real_data(Path({str(prepared.parent / 'notes')!r})), tiny_tokenizer(chat=CHAT),"
-        f" Path({str(prepared.parent / 'other')!r}), seed=SEED, train_tokens=50_000)\n"
+        f" Path({str(prepared.parent / 'other')!r}), seed=SEED)\n"
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env={**os.environ, "PYTHONHASHSEED": "12345"})

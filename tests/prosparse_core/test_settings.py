@@ -10,7 +10,8 @@ import pytest
 from prosparse_core import recipe as recipes
 from prosparse_core import settings
 from prosparse_core.errors import BadInput
-from prosparse_core.schedule import l1_lambda
+from prosparse_core.schedule import l1_lambda, learning_rate
+from prosparse_core.shares import segments_of
 
 EVERYTHING = [
     f"compare.settings=[{', '.join(settings.SETTINGS)}]",
@@ -109,13 +110,45 @@ def test_the_one_stage_has_the_teacher_of_those_it_stands_for(name: str, stage_0
 
 
 @pytest.mark.parametrize("name", ONE_STAGE)
-def test_stages_that_are_not_taught_alike_have_no_one_stage_in_their_place(name: str) -> None:
+def test_where_the_teacher_changes_so_does_the_rows(name: str) -> None:
     stages = f"[{{until_step: 4, l1: 0}}, {{until_step: 5, l1: 0.1, {TEACHER}}}, "
     stages += "{until_step: 8, l1: 1.0, ramp: sine}, {until_step: 9, l1: 1.0}]"
-    with pytest.raises(BadInput, match=r"the distill of stage 2 and 3 is not that of stage 1") as caught:
-        stages_of(name, stages)
-    assert name in str(caught.value.hint)
+    for made in stages_of(name, stages):
+        assert [(s.until_step, s.distill is not None) for s in made] == [(4, False), (5, True), (9, False)]
+        assert len({(s.l1, s.target_sparsity) for s in made[1:]}) == 1
     assert len(stages_of("prosparse_star", stages)[0]) == 4
+
+
+WSD = """[{until_step: 4, l1: 0}, {until_step: 6, l1: 0.1}, {until_step: 9, l1: 0.5, ramp: sine},
+  {until_step: 12, l1: 1.0, ramp: sine, lr: 2.0e-3, warmup_steps: 2},
+  {until_step: 16, l1: 1.0, phase: decay, half_life: 3, mixture: {python-code: 1, code-instructions: 1}},
+  {until_step: 18, l1: 1.0, phase: decay, lr: 1.0e-4},
+  {until_step: 24, l1: 0.2, phase: sft, lr: 5.0e-4, warmup_steps: 2, mixture: {code-instructions: 1}}]"""
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+@pytest.mark.parametrize("name", [n for n in settings.SETTINGS if n not in ("original", "distilled_equal_time")])
+def test_every_setting_has_the_recipes_learning_rate_and_corpora_at_each_step(name: str, schedule: str) -> None:
+    more = [f"train.schedule={schedule}", "train.warmup_steps=3"]
+    plain = WSD if schedule == "wsd" else WSD.replace("half_life: 3, ", "")
+    own = recipes.load("tiny", [f"train.stages={plain}", *more]).train
+    weights = {"python-code": 0.5, "package-docs": 0.25, "code-instructions": 0.25}
+    for row in settings.rows(
+        recipes.load("tiny", [f"train.stages={plain}", f"compare.settings=[{name}]", *EVERYTHING[1:-1], *more])
+    ):
+        assert row.train is not None
+        assert row.train.total_tokens == own.total_tokens
+        for step in range(1, 25):
+            assert learning_rate(row.train, step) == learning_rate(own, step), step
+        assert segments_of(weights, row.train.stages, 8) == segments_of(weights, own.stages, 8)
+        if name in ONE_STAGE and schedule == "wsd":
+            assert [s.until_step for s in row.train.stages] == [4, 9, 12, 16, 18, 24]
+            assert len({(s.l1, s.target_sparsity) for s in row.train.stages[1:5]}) == 1
+
+
+def test_equal_time_shortens_the_warm_up_and_the_half_life_too() -> None:
+    (made,) = stages_of("distilled_equal_time", WSD, "train.schedule=wsd")
+    assert (made[3].warmup_steps, made[4].half_life) == (1, 2.0)
 
 
 SFT = "[{until_step: 4, l1: 0}, {until_step: 5, l1: 0.1}, {until_step: 8, l1: 1.0, ramp: sine}, "

@@ -13,6 +13,7 @@ from models import tiny
 from prosparse_core import checkpoint, training
 from prosparse_core.distillation import distillation_loss
 from prosparse_core.distributed.parallel import compile_layers, layers_of
+from prosparse_core.document_masks import positions_of
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
 from prosparse_core.progress import Silent
@@ -31,7 +32,9 @@ class CountedMixture:
         tokens = torch.randint(3, 96, (sequences, 16), generator=torch.Generator().manual_seed(step))
         labels = tokens.clone()
         labels[:, :4] = -100
-        return Batch(tokens=tokens, labels=labels, corpora=[0] * sequences)
+        begins = torch.zeros(sequences, 16, dtype=torch.bool)
+        begins[:, 3 + step % 9] = True
+        return Batch(tokens=tokens, labels=labels, corpora=[0] * sequences, positions=positions_of(begins))
 
 
 class SuccessionMixture(CountedMixture):
@@ -310,3 +313,28 @@ def test_distilling_pulls_towards_the_teacher(tmp_path: Path) -> None:
         assert all((value is None) == (weight is None) for value in logged)
     assert found[4.0] < 0.8 * found[None]
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_teacher_sees_documents_as_the_model_does(tmp_path: Path) -> None:
+    """A model that is its own teacher has nothing to learn from it: with masks on one side only it would."""
+    train = recipe(lr=1e-9, stages=[Stage(until_step=3, l1=0, distill=Distill())])
+    model = tiny()
+    training.train_stage(
+        model,
+        training.make_optimizer(model, train),
+        CountedMixture(),  # type: ignore[arg-type]
+        train,
+        0,
+        tmp_path,
+        precision="fp32",
+        runtime=Runtime(),
+        progress=Silent(),
+        teacher=tiny(),
+    )
+    found = [json.loads(line)["distill"] for line in (tmp_path / training.LOG).read_text().splitlines()]
+    assert found == pytest.approx([0, 0, 0], abs=1e-6)
+    batch = CountedMixture().batch(1, 4)
+    with torch.no_grad():
+        mixed = model(input_ids=batch.tokens, use_cache=False).logits
+        apart = model(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False).logits
+    assert float(distillation_loss(mixed, apart, batch.labels, 1.0)) > 1e-4

@@ -20,6 +20,7 @@ from models import tiny
 from prosparse_core import checkpoint, training
 from prosparse_core.distributed.parallel import shard
 from prosparse_core.distributed.ranks import ALONE, Ranks, joined
+from prosparse_core.document_masks import positions_of
 from prosparse_core.errors import ProSparseError
 from prosparse_core.mixing import Batch
 from prosparse_core.progress import Silent
@@ -40,7 +41,8 @@ MODES = (
 
 
 class CountedMixture:
-    """Batches from a generator seeded by the step; a part of the tokens has no labels, in uneven shares."""
+    """Batches from a generator seeded by the step; a part of the tokens has no labels, in uneven shares. All but the
+    first window hold several documents, other ones in each."""
 
     seq_len = 16
 
@@ -48,7 +50,10 @@ class CountedMixture:
         tokens = torch.randint(3, 96, (sequences, 16), generator=torch.Generator().manual_seed(step))
         labels = tokens.clone()
         labels[0, :11] = -100
-        return Batch(tokens=tokens, labels=labels, corpora=[0] * sequences)
+        begins = torch.zeros(sequences, 16, dtype=torch.bool)
+        for row in range(1, sequences):
+            begins[row, [row, 15 - step % 5]] = True
+        return Batch(tokens=tokens, labels=labels, corpora=[0] * sequences, positions=positions_of(begins))
 
 
 class Notes(Silent):

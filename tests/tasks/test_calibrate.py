@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from flows.summary import of_run
 from prosparse_core.calibration import MIXED
 from prosparse_core.errors import BadInput
+from prosparse_core.mixing import Batch
 from prosparse_core.store import Artifact
 from prosparse_core.thresholds import THRESHOLDS
 from prosparse_core.variants import Variant
@@ -149,7 +151,8 @@ def test_only_a_relu_model_is_calibrated(base: Any, activation: str) -> None:
 def test_a_split_without_a_window_is_said_before_the_model_is_loaded(
     base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prosparse_core.mixing.Mixture.calibration", lambda self, corpus: ([], []))
+    none = torch.empty(0, 64, dtype=torch.int64)
+    monkeypatch.setattr("prosparse_core.mixing.Mixture.calibration", lambda self, corpus: Batch(none, none, []))
     monkeypatch.setattr("prosparse_core.variants.load_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(BadInput, match=r"the calibration split of code, more in .* is smaller than one window"):
         made(base, "cett", budget=0.07)

@@ -15,6 +15,7 @@ from prosparse_core.variants import MODEL, Variant, check_folder
 from tasks.base_model import base_model
 from tasks.calibrate import calibrate
 from tasks.predictor import predictor
+from tasks.preflight import check
 from tasks.speed import speed
 from tasks.stage import train_stage
 from tasks.substitute import substitute
@@ -71,7 +72,20 @@ def test_every_step_up_to_speed(base: Any, model_type: str, tmp_path: Path) -> N
 
 def test_an_activation_in_the_code_cannot_be_exported_as_a_config(base: Any, tmp_path: Path) -> None:
     model = {"id": "bloom", "source": "random:bloom", "config": SIZES, "precision": "fp32"}
-    run, _ = make_run(base.home, parse({**base.recipe, "model": model}))
+    data = {**base.recipe["data"], "attend_across_documents": True}
+    run, _ = make_run(base.home, parse({**base.recipe, "model": model, "data": data}))
     with pytest.raises(BadInput, match="bloom has its activation built in"):
         export_hf_relu(Variant("prosparse_star", base_model(run), "relu"), tmp_path / "relu")
     assert not (tmp_path / "relu").exists()
+
+
+def test_an_architecture_that_cannot_keep_documents_apart_is_refused_before_anything_is_built(base: Any) -> None:
+    model = {"id": "bloom", "source": "random:bloom", "config": SIZES, "precision": "fp32"}
+    recipe = parse({**base.recipe, "model": model})
+    with pytest.raises(BadInput, match="no way to keep the documents") as caught:
+        check(recipe, base.home)
+    assert "data.attend_across_documents: true" in str(caught.value.hint)
+    check(
+        parse({**base.recipe, "model": model, "data": {**base.recipe["data"], "attend_across_documents": True}}),
+        base.home,
+    )

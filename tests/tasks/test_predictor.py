@@ -99,7 +99,7 @@ def test_perplexity_at_every_cutoff_beside_the_exact_one(base: Any) -> None:
     artifact, _ = make(base, epochs=1, target_recall=0.9)
     model, tokenizer = load_variant(Variant("prosparse", base.dense, "relu"))
     windows = held_out_tokens(base.corpora.path, tokenizer, 400)
-    assert 400 <= sum(w.numel() for w in windows) < 400 + 64
+    assert 400 <= sum(w.tokens.numel() for w in windows) < 400 + 64
     trained = [predictors.load(artifact.path, i) for i in range(3)]
     meta = artifact.meta()
     rows = {r["task"]: r for r in facts(artifact, "evaluations")}
@@ -109,7 +109,7 @@ def test_perplexity_at_every_cutoff_beside_the_exact_one(base: Any) -> None:
     }
     exact = measure_windows(model, windows, "fp32")
     assert rows["predictor/exact"]["value"] == meta["exact_perplexity"] == pytest.approx(exact.perplexity, rel=1e-9)
-    assert rows["predictor/exact"]["n"] == exact.num_tokens == sum(w.shape[1] - 1 for w in windows)
+    assert rows["predictor/exact"]["n"] == exact.num_tokens == sum(w.tokens.shape[1] - 1 for w in windows)
     for entry in [*meta["per_cutoff"], meta["chosen"]]:
         cutoffs = entry.get("cutoffs") or [entry["cutoff"]] * 3
         with PredictedMask(model, trained, cutoffs, "post_norm"):

@@ -20,6 +20,7 @@ import pytest
 from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
 from prosparse_core.recipe import parse
 from prosparse_core.store import Artifact, read_record
+from tasks.mixture import mixture
 from tasks.preflight import check
 from tasks.stage import train_stage
 
@@ -157,3 +158,68 @@ def test_compiling_needs_a_compiler(base: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_more_processes_than_gpus_are_refused(base: Any) -> None:
     with pytest.raises(BadInput, match=r"runtime.processes=2, but this machine has \d GPU"):
         check(parse({**base.recipe, **recipe(base, processes=2, device="cuda")}), base.home)
+
+
+def test_a_later_stages_mixture_and_rate_leave_the_stages_before_it_as_they_are(base: Any) -> None:
+    def train(*last: dict[str, Any], **changes: Any) -> tuple[list[Artifact], Artifact, Any]:
+        stages = [{"until_step": 2, "l1": 0}, {"until_step": 4, "l1": 0.1, "lr": 2e-3}, *last]
+        section = {"tokens_per_step": 128, "lr": 1e-3, "schedule": "constant", "stages": stages, **changes}
+        run, seen = base.run(train=section)
+        corpora = mixture(run, base.dense)
+        made, before = [], base.dense
+        for index in range(len(stages)):
+            made.append(train_stage(run, run.recipe.train, index, before, corpora, dense=base.dense))
+            before = made[-1]
+        return made, corpora, seen
+
+    first, corpora, _ = train({"until_step": 6, "l1": 0.1})
+    assert corpora.digest == base.corpora.digest
+    own = {"until_step": 60, "l1": 0.1, "mixture": {"more": 1}, "lr": 1e-4, "warmup_steps": 3}
+    again, corpora, seen = train(own)
+    assert corpora.digest == base.corpora.digest
+    assert [a.folder for a in again[:2]] == [a.folder for a in first[:2]]
+    assert again[2].folder != first[2].folder
+    log = [json.loads(line) for line in (again[2].path / "log.jsonl").read_text().splitlines()]
+    assert [entry["lr"] for entry in log[:4]] == pytest.approx([1e-4 / 3, 2e-4 / 3, 1e-4, 1e-4])
+    meta = read_record(again[2].path)["meta"]
+    assert meta["epochs"]["more"] > 1 > meta["epochs"]["code"] > 0
+    assert f"more: by step 60 training has gone {meta['epochs']['more']:.1f} times over its text" in seen.notes
+
+    falls = {"until_step": 5, "l1": 0.1, "phase": "decay"}
+    wsd, _, _ = train(falls, schedule="wsd")
+    longer, _, _ = train(falls, {"until_step": 6, "l1": 0.1, "phase": "sft", "lr": 1e-5}, schedule="wsd")
+    assert [a.folder for a in longer[:3]] == [a.folder for a in wsd]
+
+
+def test_a_corpus_of_weight_0_that_a_stage_trains_on_gets_its_windows(base: Any, tmp_path: Path) -> None:
+    data = json.loads(json.dumps(base.recipe["data"]))
+    data["sources"][1]["weight"] = 0
+    stages = [{"until_step": 1, "l1": 0}, {"until_step": 2, "l1": 0, "mixture": {"more": 1}}]
+    run, _ = base.run(data=data, train={"tokens_per_step": 128, "lr": 1e-3, "stages": stages})
+    corpora = mixture(run, base.dense)
+    assert [(e["name"], e["trained"], e["samples_per_block"]) for e in corpora_of(corpora)] == [
+        ("code", True, 1024), ("more", True, 0),
+    ]  # fmt: skip
+    before = base.dense
+    for index in (0, 1):
+        before = train_stage(run, run.recipe.train, index, before, corpora, dense=base.dense)
+    run, _ = base.run(data=data)
+    assert [e["trained"] for e in corpora_of(mixture(run, base.dense))] == [True, False]
+
+
+def test_keeping_documents_apart_is_part_of_a_stage_and_not_of_the_mixture(base: Any) -> None:
+    data = {**base.recipe["data"], "attend_across_documents": True}
+    train = {"tokens_per_step": 2048, "lr": 1e-3, "stages": [{"until_step": 1, "l1": 0}]}
+    losses = []
+    for changes in ({}, {"data": data}):
+        run, _ = base.run(train=train, **changes)
+        corpora = mixture(run, base.dense)
+        assert corpora.folder == base.corpora.folder
+        stage = train_stage(run, run.recipe.train, 0, base.dense, corpora, dense=base.dense)
+        losses.append(json.loads((stage.path / "log.jsonl").read_text())["lm_loss"])
+    assert losses[0] != losses[1]
+
+
+def corpora_of(corpora: Artifact) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((corpora.path / "manifest.json").read_text())["corpora"]
+    return found

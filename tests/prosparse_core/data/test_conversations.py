@@ -292,7 +292,7 @@ def talks_file(path: Path, num: int = 240) -> Path:
 def test_a_corpus_of_conversations_keeps_its_labels_and_never_splits_a_question(tmp_path: Path) -> None:
     source = files("talks", talks_file(tmp_path / "talks.jsonl"), messages="data", turns="from/value")
     tokenizer = tiny_tokenizer(chat=CHAT)
-    manifest = prepare(data_of(source), tokenizer, tmp_path / "out", seed=0, train_tokens=1000)
+    manifest = prepare(data_of(source), tokenizer, tmp_path / "out", seed=0)
     assert manifest["corpora"][0]["instruction"]
     mixture = Mixture(tmp_path / "out", 0)
     about = manifest["held_out"]

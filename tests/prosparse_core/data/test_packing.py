@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import CHAT, tiny_tokenizer
 
-from prosparse_core.data.packing import Encoded, Encoder, RowWriter, pack_texts, pack_whole
+from prosparse_core.data.packing import Encoded, Encoder, RowWriter, Window, pack_texts, pack_whole
 from prosparse_core.data.sources import Document
 from prosparse_core.errors import BadInput
 
@@ -143,6 +145,45 @@ def test_texts_are_joined_and_cut(lengths: list[tuple[int, int]], seq_len: int) 
         assert all(set(made[int(d.id)].tokens) & set(range(int(joined[-1]) + 1)) for d in window.starts)
     begun = [int(d.id) for w in windows for d in w.starts]
     assert begun == [i for i, e in enumerate(made) if windows and e.tokens[0] <= joined[-1]]
+
+
+def begins_by_hand(windows: list[Window], made: list[Encoded], num_leading: int) -> list[list[int]]:
+    """Where in each window a document begins: token by token, from which document each one is."""
+    owner = {int(t): i for i, e in enumerate(made) for t in e.tokens}
+    found = []
+    for window in windows:
+        owners = [owner[t] for t in window.tokens.tolist()]
+        places = [i for i in range(1, len(owners)) if owners[i] != owners[i - 1]]
+        found.append([int(i in {0, *(p - num_leading for p in places)}) for i in range(len(owners))])
+    return found
+
+
+@given(LENGTHS, st.integers(2, 33), st.sampled_from([0, 1]), st.sampled_from([pack_texts, pack_whole]))
+@settings(max_examples=150, deadline=None)
+def test_a_window_says_where_its_documents_begin(
+    lengths: list[tuple[int, int]], seq_len: int, num_leading: int, pack: Callable[..., Iterator[Window]]
+) -> None:
+    made = fake(lengths)
+    windows = list(pack(made, seq_len, num_leading))
+    expected = begins_by_hand(windows, made, num_leading)
+    if num_leading and pack is pack_texts:  # the last token of a window may lead a document that begins the next one
+        firsts = {int(e.tokens[0]) for e in made[1:]}
+        for window, after in zip(expected, windows[1:], strict=False):
+            window[-1] |= int(after.tokens[0]) in firsts
+    assert [w.begins.tolist() for w in windows] == expected
+    plain = list(pack(made, seq_len))
+    assert [w.tokens.tolist() for w in windows] == [w.tokens.tolist() for w in plain]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "chat"),
+    [({}, 1, 1), ({"adds_bos": True}, 0, 0), ({"eos": False}, 0, 0), ({"chat": CHAT}, 1, 0), ({"bos": False}, 1, 1)],
+)
+def test_a_separator_leads_where_documents_have_no_beginning_of_their_own(
+    options: dict[str, Any], text: int, chat: int
+) -> None:
+    encoder = Encoder(tiny_tokenizer(**options))
+    assert (encoder.num_leading(is_chat=False), encoder.num_leading(is_chat=True)) == (text, chat)
 
 
 @given(LENGTHS, st.integers(2, 60))

@@ -16,15 +16,13 @@ from prosparse_core.errors import BadInput
 from prosparse_core.mixing import Mixture, prepare
 
 
-def test_preparing_twice_gives_the_same_bytes_and_the_steps_change_only_the_manifest(tmp_path: Path) -> None:
+def test_preparing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     data = data_of(files("notes", notes(tmp_path / "notes"), max_tokens=5000))
     runs = {}
-    for name, seed, train_tokens in [("a", 1, 100), ("b", 1, 100), ("c", 1, 10_000), ("d", 2, 100)]:
-        prepare(data, tiny_tokenizer(), tmp_path / name, seed=seed, train_tokens=train_tokens)
+    for name, seed in [("a", 1), ("b", 1), ("d", 2)]:
+        prepare(data, tiny_tokenizer(), tmp_path / name, seed=seed)
         runs[name] = digests(tmp_path / name)
     assert runs["a"] == runs["b"]
-    assert runs["a"] != runs["c"]
-    assert all(runs["a"][k] == runs["c"][k] for k in runs["a"] if k != "manifest.json")
     assert runs["a"]["train/notes.tokens.npy"] != runs["d"]["train/notes.tokens.npy"]
 
 
@@ -35,7 +33,7 @@ def test_every_tokenizer_that_can_separate_documents_works(tmp_path: Path, optio
     chat = files("qa", tmp_path / "qa.jsonl", prompt="{q}", answer="{a}")
     data = data_of(files("notes", notes(tmp_path / "notes")), chat)
     tokenizer = tiny_tokenizer(**options)
-    prepare(data, tokenizer, tmp_path / "out", seed=0, train_tokens=1000)
+    prepare(data, tokenizer, tmp_path / "out", seed=0)
     batch = Mixture(tmp_path / "out", 0).batch(1, 64)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     texts = batch.tokens[[c == 0 for c in batch.corpora]]
@@ -48,7 +46,7 @@ def test_every_tokenizer_that_can_separate_documents_works(tmp_path: Path, optio
 def test_a_training_text_that_is_also_held_out_is_removed(tmp_path: Path) -> None:
     folder = notes(tmp_path / "notes")
     names = sorted(path.name for path in folder.iterdir())
-    first = prepare(data_of(files("notes", folder)), tiny_tokenizer(), tmp_path / "first", seed=0, train_tokens=1000)
+    first = prepare(data_of(files("notes", folder)), tiny_tokenizer(), tmp_path / "first", seed=0)
     held = Mixture(tmp_path / "first", 0).held_out("evaluation", "notes")[0].file
     trained = [name for name in names if split_of(name) == "train"][:2]
     text = (folder / held).read_text(encoding="utf-8")
@@ -66,7 +64,6 @@ def test_a_training_text_that_is_also_held_out_is_removed(tmp_path: Path) -> Non
         tiny_tokenizer(),
         tmp_path / "out",
         seed=0,
-        train_tokens=1,
     )
     train = [entry["train"] for entry in manifest["corpora"]]
     assert first["corpora"][0]["train"]["duplicates_of_held_out_removed"] == 0
@@ -81,7 +78,7 @@ def test_as_many_files_are_held_out_as_their_tokens_need_and_all_others_are_trai
     """A quarter of the text of before: 16 % of 600 files were held out whatever was asked."""
     folder = notes(tmp_path / "notes", 600)
     data = data_of(files("notes", folder, max_tokens=10_000_000), calibration_tokens=512, evaluation_tokens=1024)
-    manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1000)
+    manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0)
     mixture = Mixture(tmp_path / "out", 0)
     drawn = {split: {d.file for d in mixture.held_out(split, "notes")} for split in ("calibration", "evaluation")}
     said = json.loads((tmp_path / "out" / "held_out.json").read_text())
@@ -92,7 +89,7 @@ def test_as_many_files_are_held_out_as_their_tokens_need_and_all_others_are_trai
     assert 512 + 1024 <= about["tokens"] == sum(entry[split]["tokens"] for split in drawn)
     assert about["documents"] < 0.04 * 600, "not 16 %"
     assert entry["train"]["documents"] == 600 - about["documents"]
-    other = prepare(data, tiny_tokenizer(), tmp_path / "other", seed=5, train_tokens=1000)
+    other = prepare(data, tiny_tokenizer(), tmp_path / "other", seed=5)
     assert other["held_out"] == about
     assert json.loads((tmp_path / "other" / "held_out.json").read_text()) == said, "every seed holds out the same"
 
@@ -104,7 +101,7 @@ def test_a_file_that_one_corpus_holds_out_is_trained_on_in_none(tmp_path: Path) 
     for path in one.iterdir():
         (two / path.name).write_text(path.read_text(encoding="utf-8").upper() * 3, encoding="utf-8")
     data = data_of(files("one", one), files("two", two), calibration_tokens=512, evaluation_tokens=512)
-    manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1000)
+    manifest = prepare(data, tiny_tokenizer(), tmp_path / "out", seed=0)
     names = json.loads((tmp_path / "out" / "held_out.json").read_text())["files"]
     drawn = [name for found in names.values() for name in found]
     assert len(drawn) == len(set(drawn))
@@ -125,7 +122,6 @@ def test_too_little_held_out_text(tmp_path: Path) -> None:
                 tiny_tokenizer(),
                 tmp_path / split,
                 seed=0,
-                train_tokens=1,
             )
         assert error.value.hint is not None
         assert f"lower data.{split}_tokens" in error.value.hint
@@ -134,7 +130,7 @@ def test_too_little_held_out_text(tmp_path: Path) -> None:
 def test_one_text_file_cannot_be_trained_on_and_held_out(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("A long story. " * 3000, encoding="utf-8")
     with pytest.raises(BadInput, match="has 0 held-out tokens") as error:
-        prepare(data_of(files("book", tmp_path / "book.txt")), tiny_tokenizer(), tmp_path / "o", seed=0, train_tokens=1)
+        prepare(data_of(files("book", tmp_path / "book.txt")), tiny_tokenizer(), tmp_path / "o", seed=0)
     assert "one is not enough" in str(error.value.hint)
 
 
@@ -147,7 +143,7 @@ def test_less_than_one_window_for_calibration_is_no_mixture_at_all(tmp_path: Pat
 def test_less_than_one_window_of_training_text(tmp_path: Path) -> None:
     source = files("notes", notes(tmp_path / "notes"), max_tokens=SEQ_LEN - 1)
     with pytest.raises(BadInput, match=r"fewer training tokens than one window of seq_len=64 \(max_tokens=63\)"):
-        prepare(data_of(source), tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1)
+        prepare(data_of(source), tiny_tokenizer(), tmp_path / "out", seed=0)
 
 
 def test_an_empty_corpus_and_a_wrong_column_are_found_before_any_work(tmp_path: Path) -> None:
@@ -156,16 +152,16 @@ def test_an_empty_corpus_and_a_wrong_column_are_found_before_any_work(tmp_path: 
     for column, message in (("text", "'bad' has no text"), ("body", "no column 'body'")):
         bad = files("bad", tmp_path / "empty.jsonl", column=column)
         with pytest.raises(BadInput, match=message):
-            prepare(data_of(good, bad), tiny_tokenizer(), tmp_path / "out", seed=0, train_tokens=1)
+            prepare(data_of(good, bad), tiny_tokenizer(), tmp_path / "out", seed=0)
     with pytest.raises(BadInput, match="neither a BOS nor an EOS"):
-        prepare(data_of(good), tiny_tokenizer(bos=False, eos=False), tmp_path / "out", seed=0, train_tokens=1)
+        prepare(data_of(good), tiny_tokenizer(bos=False, eos=False), tmp_path / "out", seed=0)
     assert not (tmp_path / "out").exists()
 
 
 def test_max_tokens_is_a_limit_and_all_the_text_is_used_below_it(tmp_path: Path) -> None:
     folder = notes(tmp_path / "notes")
-    few = prepare(data_of(files("n", folder, max_tokens=700)), tiny_tokenizer(), tmp_path / "a", seed=0, train_tokens=1)
-    everything = prepare(data_of(files("n", folder)), tiny_tokenizer(), tmp_path / "b", seed=0, train_tokens=1)
+    few = prepare(data_of(files("n", folder, max_tokens=700)), tiny_tokenizer(), tmp_path / "a", seed=0)
+    everything = prepare(data_of(files("n", folder)), tiny_tokenizer(), tmp_path / "b", seed=0)
     assert few["corpora"][0]["train"]["windows"] == 700 // SEQ_LEN
     train = everything["corpora"][0]["train"]
     assert train["documents"] == 60 - everything["held_out"]["documents"]

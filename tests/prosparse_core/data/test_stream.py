@@ -22,6 +22,7 @@ from prosparse_core.data.stream import DESCRIPTION, DocumentStream, Maker, shard
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.mixing import Batch, Mixture, prepare
 from prosparse_core.recipe import Source, parse
+from prosparse_core.recipe_train import Stage
 
 SHARDS, SEQUENCES, STEPS = 3, 4, 40
 SHARD_TOKENS = 12 * SEQ_LEN
@@ -52,7 +53,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = base / "store" / "mixture" / "x"
     folder.mkdir(parents=True)
-    prepare(data, tiny_tokenizer(chat=CHAT), folder, seed=SEED, train_tokens=10_000)
+    prepare(data, tiny_tokenizer(chat=CHAT), folder, seed=SEED)
     return folder
 
 
@@ -88,6 +89,37 @@ def test_batches_do_not_depend_on_where_one_begins(corpora: Path, tmp_path: Path
             assert equal(mixture.batch(step, SEQUENCES), straight[step - 1]), step
     first = mixture.sample(0)
     assert first == Mixture(corpora, SEED).sample(0)
+
+
+STAGES = [
+    Stage(until_step=8, l1=0, mixture={"rows": 1, "notes": 1}),
+    Stage(until_step=16, l1=0, mixture={"chats": 1}),
+    Stage(until_step=26, l1=0, mixture={"rows": 3, "chats": 1}),
+]
+
+
+@pytest.mark.slow
+def test_stages_with_corpora_of_their_own_go_on_in_each_stream(corpora: Path, tmp_path: Path) -> None:
+    """Walked through, or begun anew in each stage and in the middle of one, which needs only that stage's streams."""
+    with contextlib.closing(Mixture(corpora, SEED, tmp_path / "all", stages=STAGES)) as mixture:
+        straight = [mixture.batch(step, SEQUENCES) for step in range(1, 27)]
+    assert {c for batch in straight[8:16] for c in batch.corpora} == {1}
+    taken: dict[int, list[bytes]] = {0: [], 1: []}
+    for batch in straight:
+        for tokens, corpus in zip(batch.tokens, batch.corpora, strict=True):
+            taken.setdefault(corpus, []).append(tokens.numpy().tobytes())
+    plain = Mixture(corpora, SEED, stages=STAGES)
+    for corpus in (0, 1):
+        places = [w for c, w in (plain.sample(i, SEQUENCES) for i in range(26 * SEQUENCES)) if c == corpus]
+        assert places == list(range(len(places)))
+        assert len(set(taken[corpus])) == len(taken[corpus]), "a window came twice"
+    for index, steps in enumerate([(1, 8), (9, 12, 16), (20, 26)]):
+        work = tmp_path / str(index)
+        with contextlib.closing(Mixture(corpora, SEED, work, stages=STAGES[: index + 1])) as mixture:
+            for step in steps:
+                assert equal(mixture.batch(step, SEQUENCES), straight[step - 1]), step
+            assert mixture._streams is not None
+            assert set(mixture._streams._first) == [{"rows"}, {"chats"}, {"rows", "chats"}][index]
 
 
 @pytest.mark.slow

@@ -246,3 +246,20 @@ def test_the_extrapolated_recipe_says_that_it_is_one_and_plans_on_64_gpus() -> N
     assert cost.fit.fits
     assert cost.layout.parallel == "fsdp"
     assert cost.keep == "last"
+
+
+def test_the_plan_tells_each_stages_rate_and_corpora_and_what_is_taken_of_each() -> None:
+    recipe = recipes.load("minicpm-1b")
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    found = planning.cost(recipe, shape)
+    decay, sft = found.stages[-2:]
+    assert (decay.phase, sft.phase) == ("decay", "sft")
+    assert decay.mixture["ultrachat"] == pytest.approx(0.15)
+    assert sft.mixture == {"ultrachat": 1}
+    assert "ultrachat" not in found.stages[0].mixture
+    assert found.stages[0].lr == pytest.approx((1e-6, 1e-4))
+    assert decay.lr == pytest.approx((1e-4 * 0.5 ** (1 / 5000), 1e-5))
+    assert sum(found.corpora.values()) == recipe.train.total_tokens
+    step = recipe.train.tokens_per_step
+    assert found.corpora["ultrachat"] == pytest.approx((0.15 * 60_000 + 6_000) * step, rel=1 / 1024 / 0.15)

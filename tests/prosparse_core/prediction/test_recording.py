@@ -16,6 +16,7 @@ from models import tiny, tokens
 from tiny_tokenizers import tiny_tokenizer
 
 from prosparse_core.data.sources import Document
+from prosparse_core.document_masks import Packed, positions_of
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
 from prosparse_core.prediction.input import norm_before
@@ -246,9 +247,13 @@ def test_training_from_files_takes_the_memory_of_a_batch(tmp_path: Path) -> None
 
 def test_calibration_windows_take_turns() -> None:
     windows = {"a": torch.arange(6).view(3, 2), "b": torch.arange(10, 12).view(1, 2)}
-    mixture: Any = SimpleNamespace(corpora=["a", "b"], calibration=lambda corpus: (windows[corpus], None))
-    found = [(corpus, t.tolist()) for corpus, t in calibration_windows(mixture)]
+    mixture: Any = SimpleNamespace(
+        corpora=["a", "b"],
+        calibration=lambda corpus: SimpleNamespace(tokens=windows[corpus], positions=-windows[corpus]),
+    )
+    found = [(corpus, t.tolist()) for corpus, (t, _) in calibration_windows(mixture)]
     assert found == [("a", [[0, 1]]), ("b", [[10, 11]]), ("a", [[2, 3]]), ("a", [[4, 5]])]
+    assert all(torch.equal(positions, -t) for _, (t, positions) in calibration_windows(mixture))
 
 
 def test_the_model_is_left_as_it_was_even_after_a_failure() -> None:
@@ -282,8 +287,9 @@ def test_held_out_windows_take_turns_and_are_full() -> None:
         assert split == "evaluation"
         return [Document(str(i), "f", t, "Add one." if corpus == "chat" else None) for i, t in enumerate(texts[corpus])]
 
-    mixture: Any = SimpleNamespace(corpora=list(texts), seq_len=32, held_out=held_out)
-    found = list(held_out_windows(mixture, tokenizer))
+    mixture: Any = SimpleNamespace(corpora=list(texts), seq_len=32, held_out=held_out, attend_across=False)
+    packed = list(held_out_windows(mixture, tokenizer))
+    found = [(corpus, tokens) for corpus, (tokens, _) in packed]
     assert [corpus for corpus, _ in found][:5] == ["long", "short", "chat", "long", "chat"]
     assert all(t.dtype == torch.int64 and t.shape[0] == 1 for _, t in found)
     assert {t.shape[1] for corpus, t in found if corpus != "short"} == {32}
@@ -293,3 +299,26 @@ def test_held_out_windows_take_turns_and_are_full() -> None:
     expected = [i for text in texts["long"] for i in [*tokenizer(text).input_ids, eos]]
     assert together == expected[: len(together)]
     assert len(expected) - len(together) < 32
+    # The separator is the first token of the document behind it: there, and at the head of a window, positions are 0.
+    flat = torch.cat([p[0] for corpus, (_, p) in packed if corpus == "long" and p is not None]).tolist()
+    border = len(tokenizer(texts["long"][0]).input_ids)
+    assert together[border] == eos
+    assert [i for i, position in enumerate(flat) if position == 0] == sorted({*range(0, len(flat), 32), border})
+    mixture.attend_across = True
+    assert all(window.positions is None for _, window in held_out_windows(mixture, tokenizer))
+
+
+def test_documents_that_are_kept_apart_are_recorded_as_they_are_alone() -> None:
+    model = tiny()
+    use_relu(model)
+    x, begins = tokens(2, 16), torch.zeros(2, 16, dtype=torch.bool)
+    begins[:, 9] = True
+    packed = record(model, [Packed(x, positions_of(begins))], num_tokens=32, precision="fp32", dtype=torch.float32)
+    mixed = record(model, [x], num_tokens=32, precision="fp32", dtype=torch.float32)
+    parts = [
+        record(model, [part], num_tokens=32, precision="fp32", dtype=torch.float32) for part in (x[:, :9], x[:, 9:])
+    ]
+    for layer in range(3):
+        alone = torch.cat([part.layers[layer].inputs.view(2, -1, 32) for part in parts], 1)
+        torch.testing.assert_close(packed.layers[layer].inputs.view(2, 16, 32), alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed.layers[2].inputs, packed.layers[2].inputs, atol=1e-3)
