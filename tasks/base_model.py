@@ -17,6 +17,7 @@ from prosparse_core.families import FAMILY_KEY, family_of, find_ffns, require_fa
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
+from tasks.chain import require_chain
 from tasks.step import Run, Work
 
 VERSION = 1
@@ -65,17 +66,8 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
     Raises:
         BadInput: dReLU without a gate, or predictors on the input before a norm that is not there.
     """
-    if dense.folder is None:
-        return
-    from prosparse_core.prediction.input import require_norm
-    from prosparse_core.substitute import require_up
-
-    config = check_folder(dense.folder / MODEL)
-    family = require_family(config, where="model")
-    if run.recipe.predictor.input == "pre_norm":
-        require_norm(config, family)
-    if "drelu" in activations:
-        require_up(family, "drelu")
+    if dense.folder is not None:
+        require_chain(run.recipe, check_folder(dense.folder / MODEL), activations)
 
 
 def identity(model: Model) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def _source(model: Model) -> dict[str, Any]:
     kind, _, rest = model.source.partition(":")
     if kind == "random":
         config = {**model.config, "model_type": rest}
-        require_family(_with_family(config, model), where="model.source")
+        require_family(with_family(config, model), where="model.source")
         _check_activation(config, model, where="model.config")
         return {"source": model.source, "config": model.config}
     if model.config:
@@ -134,7 +126,7 @@ def _check_activation(config: Mapping[str, Any], model: Model, *, where: str) ->
     Raises:
         BadInput: it is one of ours, with which a model is no dense one, or nobody's.
     """
-    described = _with_family(config, model)
+    described = with_family(config, model)
     name, family = activation_name(described), family_of(described)
     if name in OWN_ACTIVATIONS:
         raise BadInput(
@@ -176,7 +168,7 @@ def _build(work: Work, model: Model, seed: int) -> None:
 
         _require_fit(build_random(rest, model.config, seed, target), model)
     elif kind == "package":
-        _from_gguf(_gguf_of(rest), model, target, work)
+        _from_gguf(gguf_of(rest), model, target, work)
     elif model.source.endswith(".gguf"):
         _from_gguf(Path(model.source).expanduser(), model, target, work)
     else:
@@ -192,7 +184,7 @@ def _settle_config(folder: Path, model: Model) -> None:
     where the code it names is in the folder: then, and only then, is code of a model folder run."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    config = _with_family(saved, model)
+    config = with_family(saved, model)
     code = config.pop("auto_map", None)
     if code and model.trust_remote_code:
         local = {auto: str(name).rpartition("--")[2] for auto, name in code.items() if isinstance(name, str)}
@@ -201,7 +193,7 @@ def _settle_config(folder: Path, model: Model) -> None:
         write_json(path, config)
 
 
-def _with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     described = (
         {} if model.family is None else {FAMILY_KEY: model.family.model_dump(mode="json", exclude_defaults=True)}
     )
@@ -219,10 +211,10 @@ def _check_code(folder: Path, model: Model) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BadInput(_untrusted(str(folder), config["model_type"]), hint=TRUST)
+        raise BadInput(untrusted(str(folder), config["model_type"]), hint=TRUST)
 
 
-def _untrusted(source: str, model_type: str) -> str:
+def untrusted(source: str, model_type: str) -> str:
     return f"model.source: {source} is a {model_type}, which runs by code of its own that is not trusted"
 
 
@@ -255,7 +247,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
             config: Any = GraniteConfig(**minicpm.granite_config(raw))
         else:
             config = AutoConfig.from_pretrained(source, **options)
-        require_family(_with_family(config.to_dict(), model), where=source)
+        require_family(with_family(config.to_dict(), model), where=source)
         work.progress.note(f"reading {source}" + (f" at {model.revision}" if model.revision else ""))
         loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto", **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -271,7 +263,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
         ) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            raise BadInput(_untrusted(source, "model"), hint=TRUST) from error
+            raise BadInput(untrusted(source, "model"), hint=TRUST) from error
         raise BadInput(
             f"model.source: transformers {version} cannot read {source!r}: {(str(error).splitlines() or [''])[0]}"
         ) from error
@@ -291,7 +283,7 @@ def _require_fit(loaded: Any, model: Model) -> None:
     Raises:
         BadInput: see ``find_ffns``.
     """
-    loaded.config.update(_with_family({}, model))
+    loaded.config.update(with_family({}, model))
     find_ffns(loaded)
 
 
@@ -307,7 +299,7 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     logging.disable_progress_bar()
     with _read_once(), _reported(gguf_reader, work):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        require_family(_with_family(config.to_dict(), model), where=str(path))
+        require_family(with_family(config.to_dict(), model), where=str(path))
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     plain = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
@@ -378,7 +370,7 @@ def _distribution(name: str) -> importlib.metadata.Distribution:
         ) from None
 
 
-def _gguf_of(package: str) -> Path:
+def gguf_of(package: str) -> Path:
     distribution = _distribution(package)
     found = [distribution.locate_file(f) for f in distribution.files or [] if str(f).endswith(".gguf")]
     if len(found) != 1:

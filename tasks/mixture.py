@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL
 from tasks.step import Run, Work
 
 VERSION = 2
+PLACES: Any = {"mirror": True, "sources": {"__all__": {"mirror"}}}
+"""Keys of ``data`` that say where text lies: what it is says the identity of each source."""
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
@@ -20,7 +24,7 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
         lambda work: _build(work, run, dense),
         version=VERSION,
         config={
-            "data": data.model_dump(mode="json"),
+            "data": data.model_dump(mode="json", exclude=PLACES),
             "identity": {s.name: source_identity(s) for s in data.sources},
             "train_tokens": run.recipe.train.total_tokens,
         },
