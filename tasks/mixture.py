@@ -18,7 +18,7 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
     from prosparse_core.data.sources import source_identity
 
     data = run.recipe.data
-    return run.step(
+    artifact = run.step(
         "mixture",
         "mixture · " + ", ".join(s.name for s in data.sources),
         lambda work: _build(work, run, dense),
@@ -31,6 +31,11 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
         inputs={"dense": dense},
         needs_bytes=sum(s.max_tokens for s in data.sources) * 8,
     )
+    if artifact.folder is not None:
+        from prosparse_core.data.stream import tell_mirrors
+
+        tell_mirrors(artifact.folder, data.sources)
+    return artifact
 
 
 def _build(work: Work, run: Run, dense: Artifact) -> None:

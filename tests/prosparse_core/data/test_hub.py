@@ -136,3 +136,18 @@ def test_the_mirror_of_the_data_is_that_of_its_hub_sources(tmp_path: Path) -> No
     assert Data.model_validate(data.model_dump(mode="json")) == data
     with pytest.raises(ValueError, match="mirror is of sources of kind 'hub'"):
         Source.model_validate({"name": "x", "kind": "python-code", "weight": 1, "mirror": "a"})
+
+
+def test_a_mirror_may_move_between_runs_that_stream_from_it(mirror: Path, tmp_path: Path) -> None:
+    from prosparse_core.data import stream
+
+    place = tmp_path / "store" / "mixture" / "abc"
+    place.mkdir(parents=True)
+    source = hub("wikimedia/wikipedia", mirror, config="20231101.en", stream=True)
+    plain = source.model_dump(mode="json", exclude={"mirror"})
+    (place / stream.DESCRIPTION).write_text(json.dumps({"mine": {"source": plain}, "other": {"source": {}}}))
+    for folder in ("one", "two"):
+        stream.tell_mirrors(place, [source.model_copy(update={"mirror": str(tmp_path / folder)})])
+        found = stream._descriptions(place, stream.index_of(place))
+        assert found["mine"]["source"]["mirror"] == str(tmp_path / folder)
+        assert "mirror" not in found["other"]["source"]
