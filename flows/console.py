@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -233,6 +233,12 @@ def print_plan(recipe: Recipe, run: Run, cost: Cost | None) -> None:
     what = "rank" if cost.layout.world > 1 else "process"
     table([f"memory of a {what}", "estimate"], memory_rows(cost), title=f"fullest when {cost.memory.moment}")
     out.print(escape(verdict(cost)), style=None if cost.fit.fits else "red")
+
+
+def print_not_checked(lines: Iterable[str]) -> None:
+    """What no check without a network can tell, a line each."""
+    for line in lines:
+        out.print(escape(f"not checked: {line}"), soft_wrap=True)
 
 
 def print_result(result: summary.Result) -> None:

@@ -18,7 +18,6 @@ from flows.bench_table import bench_rows, bench_tables
 from flows.plan_table import verdict
 from flows.run import check_steps, home_folder, open_run, planned, terminate_as_exception
 from prosparse_core import recipe as recipes
-from prosparse_core import settings
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.ledger import EXAMPLES, Ledger
 from prosparse_core.store import make_folder
@@ -131,13 +130,16 @@ def verb_plan(arguments: argparse.Namespace) -> int:
     shape = planning.shape_of(recipe.model)
     speed = _measured_speed(run.ledger, recipe)
     cost = estimate(recipe, shape, speed, asked, psutil.virtual_memory().total) if shape else None
-    problem = None
+    elsewhere = asked.gpu is not None or preflight.is_for_another_machine(recipe)
+    flow, not_checked, problem = ("compare" if arguments.compare else "prosparse"), list[str](), None
     try:
-        if not arguments.compare:
-            settings.require_relu(recipe)
-        steps(run)
+        not_checked = preflight.check(recipe, home_folder(), flow, elsewhere=elsewhere)
     except ProSparseError as error:  # a model or corpus that is not here yet does not hide the costs
         problem = error
+    try:
+        steps(run)
+    except ProSparseError as error:
+        problem = problem or error
     if arguments.json:
         console.print_json(
             {
@@ -145,11 +147,13 @@ def verb_plan(arguments: argparse.Namespace) -> int:
                 "steps": [{"label": label, "outcome": outcome} for label, _, outcome in run.history],
                 "cost": dataclasses.asdict(cost) if cost else None,
                 "verdict": verdict(cost) if cost else None,
+                "not_checked": not_checked,
                 "problem": None if problem is None else {"error": str(problem), "hint": problem.hint},
             }
         )
         return problem.exit_code if problem else 0
     console.print_plan(recipe, run, cost)
+    console.print_not_checked(not_checked)
     if problem is not None:
         console.print_error(str(problem), problem.hint)
         return problem.exit_code
@@ -166,15 +170,19 @@ def _measured_speed(ledger: Ledger, recipe: recipes.Recipe) -> float | None:
 
 
 def verb_validate(arguments: argparse.Namespace) -> int:
-    """Load the recipe and check that its model and data are there, and its settings where it names some."""
+    """Everything that a run of the recipe would refuse, its settings where it names some; and what only a network, or
+    the machine it is to run on, can tell."""
     recipe = recipes.load(arguments.recipe, arguments.overrides)
-    preflight.check(recipe, home_folder(), "compare" if "compare" in recipe.model_fields_set else "prosparse")
+    flow = "compare" if "compare" in recipe.model_fields_set else "prosparse"
+    elsewhere = preflight.is_for_another_machine(recipe)
+    not_checked = preflight.check(recipe, home_folder(), flow, elsewhere=elsewhere)
     if arguments.json:
-        console.print_json(recipe.model_dump(mode="json"))
+        console.print_json({**recipe.model_dump(mode="json"), "not_checked": not_checked})
     else:
         console.out.print(
             f"{recipe.name}: valid, {len(recipe.train.stages)} stages, {recipe.train.total_tokens:,} tokens"
         )
+        console.print_not_checked(not_checked)
     return 0
 
 

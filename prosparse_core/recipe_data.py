@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,8 +24,14 @@ class Source(Section):
     path: str | None = None
     """hub: the dataset id; files: a file, a folder or a glob of parquet, jsonl or text files."""
     config: str | None = None
+    data_dir: str | list[str] | None = None
+    """Kind hub: the folder of the dataset to read, or several, whose files come together in one order. For datasets
+    whose folders have columns of their own."""
     split: str = "train"
     revision: str | None = None
+    """Kind hub: the commit or tag. A mirror is read as it is: its content is its identity."""
+    mirror: str | None = None
+    """Kind hub: a folder laid out like the hub to read the dataset from; default: ``data.mirror``."""
     column: str = "text"
     """The column that holds the text, when no template is given."""
     template: str | None = None
@@ -44,6 +50,11 @@ class Source(Section):
             raise ValueError(f"a source of kind {self.kind!r} needs a path")
         if self.stream and self.kind not in ("hub", "files"):
             raise ValueError(f"a source of kind {self.kind!r} is small: it cannot be streamed")
+        for key in ("config", "data_dir", "revision", "mirror"):
+            if getattr(self, key) is not None and self.kind != "hub":
+                raise ValueError(f"{key} is of sources of kind 'hub', this one is {self.kind!r}")
+        if self.data_dir == []:
+            raise ValueError("data_dir names no folder: leave it out to read the whole dataset")
         if (self.prompt is None) != (self.answer is None):
             raise ValueError("prompt and answer go together")
         if self.prompt is not None and self.template is not None:
@@ -53,6 +64,11 @@ class Source(Section):
         if self.messages is not None and (self.template or self.prompt or self.column != "text"):
             raise ValueError("messages is the only column then: leave out column, template, prompt and answer")
         return self
+
+    @property
+    def data_dirs(self) -> list[str | None]:
+        """What ``data_dir`` names; None is the whole dataset."""
+        return list(self.data_dir) if isinstance(self.data_dir, list) else [self.data_dir]
 
     @property
     def is_chat(self) -> bool:
@@ -68,6 +84,9 @@ class Data(Section):
     attend_across_documents: bool = False
     """Let a document attend to those before it in its packed window. False: the documents of a window do not see each
     other, in training (the teacher too), in calibration and in what predictors learn from."""
+    mirror: str | None = None
+    """A folder laid out like the hub (``MIRROR/owner/name/...``) that sources of kind hub are read from; None: the hub
+    itself. Where it lies decides no result, what is in it does."""
     stream_shards: int = Field(default=4, ge=2)
     """Into how many shards the ``max_tokens`` of a streamed source are cut."""
     calibration_tokens: int = Field(default=8192, gt=0)
@@ -76,6 +95,18 @@ class Data(Section):
     """Held-out tokens per corpus on which everything is reported; other files than calibration's."""
     choice_questions: int = Field(default=60, ge=0)
     """Multiple-choice questions (docstring -> function body) made of held-out code."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mirrored(cls, raw: Any) -> Any:
+        """A source goes its own ways, into processes and files: it knows its mirror itself."""
+        if not isinstance(raw, dict) or raw.get("mirror") is None or not isinstance(raw.get("sources"), list):
+            return raw
+        mirror = {"mirror": raw["mirror"]}
+        return {
+            **raw,
+            "sources": [mirror | s if isinstance(s, dict) and s.get("kind") == "hub" else s for s in raw["sources"]],
+        }
 
     @field_validator("sources")
     @classmethod

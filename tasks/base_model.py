@@ -17,6 +17,7 @@ from prosparse_core.families import FAMILY_KEY, family_of, find_ffns, require_fa
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
+from tasks.chain import require_chain
 from tasks.step import Run, Work
 
 VERSION = 1
@@ -65,17 +66,8 @@ def check_chain(run: Run, dense: Artifact, activations: Sequence[str]) -> None:
     Raises:
         BadInput: dReLU without a gate, or predictors on the input before a norm that is not there.
     """
-    if dense.folder is None:
-        return
-    from prosparse_core.prediction.input import require_norm
-    from prosparse_core.substitute import require_up
-
-    config = check_folder(dense.folder / MODEL)
-    family = require_family(config, where="model")
-    if run.recipe.predictor.input == "pre_norm":
-        require_norm(config, family)
-    if "drelu" in activations:
-        require_up(family, "drelu")
+    if dense.folder is not None:
+        require_chain(run.recipe, check_folder(dense.folder / MODEL), activations)
 
 
 def identity(model: Model) -> dict[str, Any]:
@@ -176,7 +168,7 @@ def _build(work: Work, model: Model, seed: int) -> None:
 
         _require_fit(build_random(rest, model.config, seed, target), model)
     elif kind == "package":
-        _from_gguf(_gguf_of(rest), model, target, work)
+        _from_gguf(gguf_of(rest), model, target, work)
     elif model.source.endswith(".gguf"):
         _from_gguf(Path(model.source).expanduser(), model, target, work)
     else:
@@ -219,10 +211,10 @@ def _check_code(folder: Path, model: Model) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise BadInput(_untrusted(str(folder), config["model_type"]), hint=TRUST)
+        raise BadInput(untrusted(str(folder), config["model_type"]), hint=TRUST)
 
 
-def _untrusted(source: str, model_type: str) -> str:
+def untrusted(source: str, model_type: str) -> str:
     return f"model.source: {source} is a {model_type}, which runs by code of its own that is not trusted"
 
 
@@ -271,7 +263,7 @@ def _from_pretrained(model: Model, target: Path, work: Work) -> None:
         ) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            raise BadInput(_untrusted(source, "model"), hint=TRUST) from error
+            raise BadInput(untrusted(source, "model"), hint=TRUST) from error
         raise BadInput(
             f"model.source: transformers {version} cannot read {source!r}: {(str(error).splitlines() or [''])[0]}"
         ) from error
@@ -378,7 +370,7 @@ def _distribution(name: str) -> importlib.metadata.Distribution:
         ) from None
 
 
-def _gguf_of(package: str) -> Path:
+def gguf_of(package: str) -> Path:
     distribution = _distribution(package)
     found = [distribution.locate_file(f) for f in distribution.files or [] if str(f).endswith(".gguf")]
     if len(found) != 1:

@@ -13,6 +13,9 @@ from prosparse_core.variants import MODEL, check_folder
 from tasks.step import Run, Work
 
 VERSION = 3
+UNCOUNTED: Any = {"attend_across_documents": True, "mirror": True, "sources": {"__all__": {"mirror"}}}
+"""Keys of ``data`` that do not decide the mixture: how windows are read, and where text lies (what it is says the
+identity of each source)."""
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
@@ -26,19 +29,24 @@ def mixture(run: Run, dense: Artifact) -> Artifact:
     if dense.folder is not None:
         require_documents_apart(run.recipe, check_folder(dense.folder / MODEL))
     data = run.recipe.data
-    return run.step(
+    artifact = run.step(
         "mixture",
         "mixture · " + ", ".join(s.name for s in data.sources),
         lambda work: _build(work, run, dense),
         version=VERSION,
         config={
-            "data": data.model_dump(mode="json", exclude={"attend_across_documents"}),
+            "data": data.model_dump(mode="json", exclude=UNCOUNTED),
             "identity": {s.name: source_identity(s) for s in data.sources},
             "trained": trained_corpora({s.name: s.weight for s in data.sources}, run.recipe.train.stages),
         },
         inputs={"dense": dense},
         needs_bytes=sum(s.max_tokens for s in data.sources) * 8,
     )
+    if artifact.folder is not None:
+        from prosparse_core.data.stream import tell_mirrors
+
+        tell_mirrors(artifact.folder, data.sources)
+    return artifact
 
 
 def require_documents_apart(recipe: Recipe, config: Mapping[str, Any]) -> None:

@@ -13,53 +13,71 @@ from prosparse_core import settings
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.planning.cost import shape_of
 from prosparse_core.planning.disk import disk
+from prosparse_core.planning.hardware import find_device
 from prosparse_core.precision import resolve_device
-from prosparse_core.recipe import Imported, Recipe, Runtime
+from prosparse_core.recipe import Imported, Recipe, Runtime, Source
 from prosparse_core.store import require_space
 from tasks import base_model
 from tasks.evaluation.benchmarks import plan_benchmarks
 from tasks.evaluation.checkpoint import config_of, of_source
 from tasks.mixture import require_documents_apart
+from tasks.model_source import check_model, on_the_hub
 
 
-def check(recipe: Recipe, home: Path, flow: str = "prosparse") -> None:
-    """Refuse a run that cannot end well.
+def check(recipe: Recipe, home: Path, flow: str = "prosparse", *, elsewhere: bool = False) -> list[str]:
+    """Refuse a run that cannot end well: the one list of what ``run``, ``plan`` and ``validate`` refuse.
 
     Args:
         flow: which takes the recipe: prosparse its stages, compare its settings, evaluate its corpora only.
+        elsewhere: it is to run on another machine: this one's disk, GPUs and compiler say nothing of it.
+
+    Returns:
+        What could not be checked, a line each: what lies on the hub, and what only the machine of the run tells.
 
     Raises:
-        BadInput: a missing model folder, a GGUF that is none, an unknown family, missing data files, a benchmark that
-            is unknown or not allowed, a setting the recipe lacks something for, an imported folder that was not trained
-            with ReLU as its row says, more training processes than GPUs, an architecture that cannot keep the documents
-            of a window apart.
+        BadInput: a missing model folder or one without weights or tokenizer, a GGUF that is none, an unknown family,
+            missing data files or columns, a mirror that lacks a dataset, a benchmark that is unknown or not allowed, a
+            setting the recipe lacks something for, an imported folder that was not trained with ReLU as its row says,
+            more training processes than GPUs, an architecture that cannot keep the documents of a window apart.
         EnvironmentProblem: a missing package or compiler, too little room in the store.
     """
     from prosparse_core.data.sources import check_source
+    from prosparse_core.recipe_mixture import block_counts
 
-    base_model.identity(recipe.model)
+    rows = settings.rows(recipe) if flow == "compare" else None
+    if flow == "evaluate":
+        base_model.identity(recipe.model)
+        not_checked = []
+    else:
+        trained_with = [recipe.train.activation] if rows is None else [r.train.activation for r in rows if r.train]
+        not_checked = check_model(recipe, trained_with)
+        _check_documents(recipe)
+    block_counts({source.name: source.weight for source in recipe.data.sources})
     for source in recipe.data.sources:
         check_source(source)
-    plan_benchmarks(recipe.evaluate)
+        not_checked += _unseen(source)
+    planned, _ = plan_benchmarks(recipe.evaluate)
+    if recipe.evaluate.datasets is None:
+        not_checked += [f"evaluate.benchmarks: the data of {p.benchmark.name} on the hub" for p in planned]
     if flow == "evaluate":
-        return
-    trained = None
-    if flow == "compare":
-        rows = settings.rows(recipe)
-        trained = settings.training_of(rows, recipe.seed)
-        for imported in recipe.compare.imported:
-            _check_import(imported)
-    else:
+        return not_checked
+    if rows is None:
         settings.require_relu(recipe)
-    _check_documents(recipe)
+    else:
+        for imported in recipe.compare.imported:
+            not_checked += _check_import(imported)
+    if elsewhere:
+        return [*not_checked, "the machine it is to run on: its disk, GPUs and compiler"]
     _check_devices(recipe.runtime)
     _check_compiler(recipe.runtime)
     shape = shape_of(recipe.model)
     if shape is not None:
+        trained = settings.training_of(rows, recipe.seed) if rows is not None else None
         stages = (trained.num_stages, trained.num_last) if trained else ()
         most = disk(recipe, shape, *stages).most[recipe.runtime.keep]
         # What an earlier attempt has left is not needed once more.
         require_space(home, max(0, most - _size(home / "store")), f"a run of {recipe.name}")
+    return not_checked
 
 
 def _check_documents(recipe: Recipe) -> None:
@@ -74,16 +92,37 @@ def _check_documents(recipe: Recipe) -> None:
         require_documents_apart(recipe, base_model.with_family(config_of(folder), recipe.model))
 
 
-def _check_import(imported: Imported) -> None:
+def is_for_another_machine(recipe: Recipe) -> bool:
+    """Whether the recipe names GPUs as its hardware and there are none here."""
+    device = None if recipe.hardware is None else find_device(recipe.hardware.device)
+    return device is not None and device.is_gpu and resolve_device("auto") != "cuda"
+
+
+def _unseen(source: Source) -> list[str]:
+    """What nobody looked at, of a source of kind hub."""
+    if source.kind != "hub":
+        return []
+    place, revision = f"data.sources.{source.name}: {source.path}", f"revision {source.revision}"
+    if source.mirror is not None:
+        return [f"{place}: whether its mirror is of {revision}"] if source.revision else []
+    parts = [f"config {source.config}"] if source.config else []
+    parts += [f"data_dir {', '.join(d for d in source.data_dirs if d)}"] if source.data_dir else []
+    parts += [revision] if source.revision else []
+    part = f" ({'; '.join(parts)})" if parts else ""
+    return [f"{place}{part} on the hub: its files and columns"]
+
+
+def _check_import(imported: Imported) -> list[str]:
     """What can be told without a hub: the rest is told when its base_model step has run, before anything is trained."""
     folder = Path(imported.source).expanduser()
     if not folder.is_dir():
-        base_model.identity(imported.model)
-        return
+        found = base_model.identity(imported.model)
+        return [on_the_hub(f"compare.imported.{imported.setting}", imported.model)] if "hub" in found else []
     of_source(imported.model)
     config = config_of(folder)
     if base_model.activation_name(config) is not None:  # else transformers knows the default when it has read it
         require_relu(imported, config)
+    return []
 
 
 def require_relu(imported: Imported, config: Mapping[str, Any]) -> None:

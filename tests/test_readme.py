@@ -13,6 +13,7 @@ import yaml
 
 from flows import cli
 from prosparse_core import recipe as recipes
+from tasks import preflight
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,10 +29,12 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("prosparse ")])
-def test_prosparse_commands_parse(command: str) -> None:
+def test_prosparse_commands_parse(command: str, tmp_path: Path) -> None:
     parsed = cli.build_parser().parse_args(shlex.split(command)[1:])
     if getattr(parsed, "recipe", None):
-        recipes.load(parsed.recipe, parsed.overrides)
+        recipe = recipes.load(parsed.recipe, parsed.overrides)
+        flow = "compare" if parsed.verb == "compare" or getattr(parsed, "compare", False) else "prosparse"
+        preflight.check(recipe, tmp_path, flow, elsewhere=True)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

@@ -3,7 +3,7 @@ one after the other) must not come to training in one piece."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prosparse_core.data.documents import shuffled
@@ -13,11 +13,15 @@ AT_ONCE = 8
 
 
 class FilesInTurn:
-    """The rows of a streamed data set (an ``IterableDataset``), every one once: resumed as a data set is."""
+    """The rows of streamed data sets (each an ``IterableDataset``), every one once: resumed as a data set is.
 
-    def __init__(self, dataset: Any, seed: object) -> None:
-        self._dataset, self._num = dataset, int(dataset.num_shards)
-        self._order = shuffled(map(str, range(self._num)), seed)
+    Args:
+        parts: whose files come together in one order, such as the folders of a data set.
+    """
+
+    def __init__(self, parts: Sequence[Any], seed: object) -> None:
+        self._files = [(part, i) for part in parts for i in range(part.num_shards)]
+        self._order = shuffled(map(str, range(len(self._files))), seed)
         self._started, self._turn = 0, 0
         self._open: list[tuple[str, Any, Iterator[dict[str, Any]]]] = []
 
@@ -31,14 +35,15 @@ class FilesInTurn:
         self._open = [self._part(name, where) for name, where in state["open"]]
 
     def _part(self, name: str, where: dict[str, Any] | None) -> tuple[str, Any, Iterator[dict[str, Any]]]:
-        part = self._dataset.shard(num_shards=self._num, index=int(name))
+        dataset, index = self._files[int(name)]
+        part = dataset.shard(num_shards=dataset.num_shards, index=index)
         if where is not None:
             part.load_state_dict(where)
         return name, part, iter(part)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
-            while len(self._open) < AT_ONCE and self._started < self._num:
+            while len(self._open) < AT_ONCE and self._started < len(self._files):
                 self._open.append(self._part(self._order[self._started], None))
                 self._started += 1
             if not self._open:

@@ -150,7 +150,7 @@ class Corpus:
     def describe_stream(self) -> dict[str, Any]:
         """What the shards of a streamed corpus are made from; see :mod:`prosparse_core.data.stream`."""
         return {
-            "source": self.source.model_dump(mode="json"),
+            "source": self.source.model_dump(mode="json", exclude={"mirror"}),
             "seed": self._seed,
             "seq_len": self._data.seq_len,
             "windows_per_shard": self.source.max_tokens // self._data.stream_shards // self._data.seq_len,

@@ -20,9 +20,10 @@ from prosparse_core.data.documents import shuffled as shuffled
 from prosparse_core.data.documents import split_of as split_of
 from prosparse_core.data.documents import stable_hash as stable_hash
 from prosparse_core.data.file_order import FilesInTurn
+from prosparse_core.data.hub import hub_identity, open_hub, rows_of
 from prosparse_core.data.readers import READERS, read_text
 from prosparse_core.data.rendering import Renderer
-from prosparse_core.errors import BadInput, EnvironmentProblem
+from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Source
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -50,10 +51,10 @@ def source_identity(source: Source) -> dict[str, Any]:
     """What the data behind a source is, cheaply: equal identities (and an equal seed) give equal documents.
 
     Raises:
-        BadInput: kind ``files`` and there is no such file.
+        BadInput: kind ``files`` and there is no such file, or a mirror lacks the dataset.
     """
     if source.kind == "hub":
-        return {"path": source.path, "config": source.config, "split": source.split, "revision": source.revision}
+        return hub_identity(source)
     if source.kind == "files":
         if source.stream:  # too much to hash before each run
             return {"bytes": {name: path.stat().st_size for name, path in _find_files(source).items()}}
@@ -68,14 +69,18 @@ def source_identity(source: Source) -> dict[str, Any]:
 
 
 def check_source(source: Source) -> None:
-    """What can be known of a source without a network: its templates are sound, its first file has the columns.
+    """What can be known of a source without a network: its templates are sound, and what lies here (files, a mirror)
+    has its columns and text in them.
 
     Raises:
         BadInput: see :func:`documents`.
     """
-    if source.kind == "hub":
-        Renderer(source)
-    elif source.kind == "files" and next(_from_files(source, seed=0), None) is None:
+    Renderer(source)
+    if source.kind == "files":
+        found: Iterator[Document] | None = _from_files(source, seed=0)
+    else:
+        found = open_hub_rows(source, 0, None)[1] if source.mirror is not None else None
+    if found is not None and next(found, None) is None:
         raise BadInput(f"source {source.name!r} has no text", hint="check its path and columns")
 
 
@@ -147,50 +152,36 @@ def read_files(source: Source, seed: object, after: Sequence[Any] | None) -> Ite
 
 
 def _from_hub(source: Source, seed: int) -> Iterator[Document]:
-    render, stream = _hub_rows(source)
-    return _render_hub(source, render, stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+    return _buffered_shuffle(open_hub_rows(source, seed, None)[1], seed)
 
 
 def open_hub_rows(source: Source, seed: object, state: dict[str, Any] | None) -> tuple[Any, Iterator[Document]]:
     """A hub dataset, its files in an order of the seed, from a ``state_dict()`` of it on (None: the beginning); and its
     documents."""
-    render, stream = _hub_rows(source)
-    rows = FilesInTurn(stream, seed)
+    render, parts = _hub_rows(source)
+    rows = FilesInTurn(parts, seed)
     if state is not None:
         rows.load_state_dict(state)
     return rows, _render_hub(source, render, rows)
 
 
-def _hub_rows(source: Source) -> tuple[Renderer, Any]:
+def _hub_rows(source: Source) -> tuple[Renderer, list[Any]]:
     render = Renderer(source)
-    stream = _open_hub(source)
-    if stream.column_names:
-        render.check(stream.column_names, where=f"{source.path}, split {source.split}")
-        stream = stream.select_columns(render.columns)
-    return render, stream
+    parts = []
+    for data_dir, part in zip(source.data_dirs, open_hub(source), strict=True):
+        where = "" if data_dir is None else f", data_dir {data_dir}"
+        if part.column_names:
+            render.check(part.column_names, where=f"{source.path}{where}, split {source.split}")
+            part = part.select_columns(render.columns)
+        parts.append(part)
+    return render, parts
 
 
 def _render_hub(source: Source, render: Renderer, rows: Iterable[dict[str, Any]]) -> Iterator[Document]:
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows_of(source, rows), start=1):
         document = render(row, id=f"{source.path}, split {source.split}, row {number} as read")
         if document is not None:
             yield dataclasses.replace(document, id=f"{source.path}:{source.split}:{document.file[4:]}")
-
-
-def _open_hub(source: Source) -> Any:
-    import datasets
-
-    what = f"source {source.name!r}: hub dataset {source.path!r} (config {source.config!r}, split {source.split!r})"
-    try:
-        return datasets.load_dataset(
-            str(source.path), source.config, split=source.split, revision=source.revision, streaming=True
-        )
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{what} cannot be opened: {error}", hint="check path, config, split and revision") from error
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{what} cannot be reached: {error}", hint="check the network, or use kind: files with a local copy"
-        ) from error
 
 
 def _buffered_shuffle(items: Iterable[Document], seed: int) -> Iterator[Document]:

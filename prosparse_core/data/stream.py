@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ DESCRIPTION = "streams.json"
 TOKENIZER = "tokenizer"
 POLL_S = 0.1
 FAILURE = "failure.json"
+MIRRORS = "mirrors.json"
 NICENESS = 10
 """Cores are for training first; when it waits for a shard, they are free."""
 
@@ -180,12 +181,35 @@ def prepare_ahead(mixture: Path, index: Path, scratch: Path, first: dict[str, in
     """
     from prosparse_core.variants import load_tokenizer
 
-    descriptions: dict[str, dict[str, Any]] = json.loads((mixture / DESCRIPTION).read_text(encoding="utf-8"))
+    descriptions = _descriptions(mixture, index)
     shard_tokens = max(about["windows_per_shard"] * about["seq_len"] for about in descriptions.values())
     held_out = HeldOut.from_plain(json.loads((mixture / HELD_OUT).read_text(encoding="utf-8")))
     with Encoders(load_tokenizer(mixture / TOKENIZER), held_out, num_processes(processes, shard_tokens)) as encoders:
         makers = {name: Maker(descriptions[name], encoders, index, scratch) for name in first}
         _keep_ready(makers, descriptions, index, scratch, first)
+
+
+def index_of(mixture: Path) -> Path:
+    """Where the states of a mixture's shards are kept: beside the artifacts, for later stages and runs."""
+    return mixture.parents[1] / ".streams" / mixture.name
+
+
+def tell_mirrors(mixture: Path, sources: Iterable[Source]) -> None:
+    """Say where the mirrors of streamed sources lie now: what an artifact holds is the same wherever they lie."""
+    mirrors = {s.name: str(Path(s.mirror).expanduser().resolve()) for s in sources if s.stream and s.mirror}
+    if mirrors:
+        index_of(mixture).mkdir(parents=True, exist_ok=True)
+        write_json(index_of(mixture) / MIRRORS, mirrors)
+
+
+def _descriptions(mixture: Path, index: Path) -> dict[str, dict[str, Any]]:
+    """Of every streamed corpus, with the place of its mirror, if it has one."""
+    found: dict[str, dict[str, Any]] = json.loads((mixture / DESCRIPTION).read_text(encoding="utf-8"))
+    told = index / MIRRORS
+    for name, mirror in (json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}).items():
+        if name in found:
+            found[name]["source"]["mirror"] = mirror
+    return found
 
 
 def _keep_ready(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from prosparse_core import errors
-from prosparse_core.data.stream import FAILURE, ShardState, shard_name, states
+from prosparse_core.data.stream import FAILURE, ShardState, index_of, shard_name, states
 from prosparse_core.errors import ProSparseError
 
 POLL_S = 0.05
@@ -35,7 +35,7 @@ class Streams:
     def __init__(self, mixture: Path, work: Path, *, prepares: bool, processes: int | None = None) -> None:
         self._processes = processes
         self._mixture, self._scratch, self._prepares = mixture.resolve(), (work / "stream").resolve(), prepares
-        self._index = self._mixture.parents[1] / ".streams" / self._mixture.name
+        self._index = index_of(self._mixture)
         self._process: subprocess.Popen[bytes] | None = None
         self._first: dict[str, int] = {}
         self._known: dict[str, list[ShardState]] = {}

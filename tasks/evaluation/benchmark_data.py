@@ -7,7 +7,6 @@ on the hub; without one, the layout does: ``<config>/<split>*.parquet`` (or json
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from prosparse_core.data.mirror import digest, open_mirror
 from prosparse_core.errors import BadInput, EnvironmentProblem
 
 FORMATS = (".parquet", ".jsonl", ".json")
@@ -45,15 +45,7 @@ def open_datasets(folder: str | None) -> Datasets:
     Raises:
         BadInput: there is no such folder.
     """
-    if folder is None:
-        return Hub()
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise BadInput(
-            f"evaluate.datasets: {folder} is no folder",
-            hint="give a folder with OWNER/NAME/... as on the hub, or leave it out to use the hub",
-        )
-    return Mirror(path)
+    return Hub() if folder is None else Mirror(open_mirror(folder, "evaluate.datasets"))
 
 
 class Mirror:
@@ -67,7 +59,7 @@ class Mirror:
         for paths in found.values():
             for path in paths:
                 _check_columns(path, columns)
-        return {split: [_digest(p) for p in paths] for split, paths in found.items()}
+        return {split: [digest(p) for p in paths] for split, paths in found.items()}
 
     def load(self, dataset: str, config: str | None, splits: Sequence[str]) -> dict[str, Any]:
         from datasets import concatenate_datasets
@@ -175,16 +167,6 @@ def _read(path: Path) -> Any:
 
     with parquet.ParquetFile(path) as file:
         return Dataset(InMemoryTable(file.read()))
-
-
-def _digest(path: Path) -> str:
-    return _sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 OFFLINE = "offline"
