@@ -13,7 +13,7 @@ SELECT s.kernel, s.provider, s.dtype, s.num_tokens AS tokens, s.mask_source AS m
        round((SELECT max(u.speedup) FROM speedup u WHERE u.baseline IN ('torch', 'transformers_dense') AND {same}), 3)
          AS over_torch,
        round((SELECT max(u.speedup) FROM speedup u WHERE u.baseline = 'native_dense' AND {same}), 3) AS over_own_dense,
-       round(s.limit_speedup, 3) AS "limit",
+       round(s.byte_ratio, 3) AS "limit",
        (SELECT any_value(t.perplexity) FROM decode_tradeoff t
         WHERE (t.artifact, t.variant, t.provider, t.dtype) = (s.artifact, s.variant, s.provider, s.dtype)
           AND t.cutoff IS NOT DISTINCT FROM s.cutoff AND s.mask_source = 'recorded' AND s.kernel = 'decode')

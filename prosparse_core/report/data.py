@@ -107,12 +107,12 @@ SELECT kernel, provider, baseline, setting, CASE WHEN layer IS NULL THEN sparsit
        sum(baseline_us) / sum(p50_us) AS speedup,
        sum(baseline_us) / sum(baseline_us / speedup_low) AS speedup_low,
        sum(baseline_us) / sum(baseline_us / speedup_high) AS speedup_high,
-       sum(baseline_us) / sum(baseline_us / limit_speedup) AS limit_speedup,
+       sum(baseline_us) / sum(baseline_us / byte_ratio) AS byte_ratio,
        max(rel_err) AS rel_err, count(*) AS num_timings,
        d_model, d_ff, num_tokens, dtype, mask_source, threads, timer, cache, device, cpu, cutoff
 FROM speedup WHERE run_id = {run} GROUP BY ALL ORDER BY kernel, provider, baseline, sparsity, cutoff""",
     "curve": """
-SELECT provider, baseline, sparsity, speedup, speedup_low, speedup_high, limit_speedup, baseline_us, p50_us, d_model,
+SELECT provider, baseline, sparsity, speedup, speedup_low, speedup_high, byte_ratio, baseline_us, p50_us, d_model,
        d_ff, dtype, threads, timer, cache, device, cpu
 FROM speedup
 WHERE run_id = {run} AND kernel = 'ffn' AND variant IS NULL AND mask_source = 'random' AND num_tokens = 1
@@ -120,7 +120,7 @@ ORDER BY provider, baseline, sparsity""",
     "decode": """
 SELECT s.provider, s.dtype, s.mask_source, s.cutoff, v.setting, s.sparsity, s.live_frac, s.p20_us, s.p50_us, s.p80_us,
        s.num_reps, s.tokens_per_s, s.gbps, s.bandwidth_share, d.p50_us / s.p50_us AS over_own_dense,
-       h.p50_us / s.p50_us AS over_transformers, s.limit_speedup, t.recall, t.perplexity, t.perplexity_increase_pct,
+       h.p50_us / s.p50_us AS over_transformers, s.byte_ratio, t.recall, t.perplexity, t.perplexity_increase_pct,
        s.rel_err, s.gate_passed, s.threads, s.timer, s.note
 FROM speed s JOIN run_artifacts r USING (artifact) LEFT JOIN variant_facts v USING (artifact, variant)
 LEFT JOIN speed d
@@ -145,7 +145,7 @@ WHERE r.run_id = {run} AND s.gate_passed IS NOT TRUE AND NOT is_baseline(s.provi
 GROUP BY ALL ORDER BY s.kernel, s.provider""",
     "timings": """
 SELECT s.kernel, s.provider, v.setting, s.sparsity, s.p20_us, s.p50_us, s.p80_us, s.num_reps, s.tokens_per_s, s.gbps,
-       s.rel_err, s.gate_passed, s.limit_speedup, s.d_model, s.d_ff, s.num_tokens, s.dtype, s.mask_source, s.layer,
+       s.rel_err, s.gate_passed, s.byte_ratio, s.d_model, s.d_ff, s.num_tokens, s.dtype, s.mask_source, s.layer,
        s.threads, s.timer, s.cache, s.device, s.cpu, s.note, s.cutoff, s.live_frac, s.bandwidth_share
 FROM speed s JOIN run_artifacts r USING (artifact) LEFT JOIN variant_facts v USING (artifact, variant)
 WHERE r.run_id = {run} ORDER BY ALL""",

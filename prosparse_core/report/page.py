@@ -183,7 +183,7 @@ def _speed_tile(data: ReportData) -> Tile:
         return Tile("FFN speed-up", "n/a", why_refused(refused) if refused else why)
     best = rows[0]
     parts = [f"{provider_name(best['provider'])} over {baseline_name(best['baseline'])}, {best['dtype']}"]
-    parts += [f"limit {ratio(best['limit_speedup'])}"] if is_number(best["limit_speedup"]) else []
+    parts += [f"limit {ratio(best['byte_ratio'])}"] if is_number(best["byte_ratio"]) else []
     return Tile("as fast an FFN", ratio(best["speedup"]), ", ".join(parts))
 
 

@@ -32,7 +32,7 @@ def curve(data: ReportData) -> Plot:
             sheet = Sheet(width, begin + tall + 48)
             each = (width - 34 * panels - 20 * (panels - 1)) / panels
             boxes = [Box(34 + i * (each + 54), begin, each, tall) for i in range(panels)]
-        top = max(max(r["speedup_high"] or r["speedup"], r["limit_speedup"] or 0) for r in rows)
+        top = max(max(r["speedup_high"] or r["speedup"], r["byte_ratio"] or 0) for r in rows)
         for i, (box, baseline) in enumerate(zip(boxes, baselines, strict=True)):
             ax = sheet.axes(*box)
             sheet.title(box.left - 34, box.top - 14, f"times as fast as {BASELINES[baseline]}")
@@ -83,6 +83,6 @@ def _panel(ax: Axes, rows: list[Record], top: float) -> None:
         for at, r in zip(x, points, strict=True):
             if is_number(r["speedup_low"]) and is_number(r["speedup_high"]):
                 ax.plot([at, at], [r["speedup_low"], r["speedup_high"]], color=SERIES[i], linewidth=0.9)
-        limits = [(at, r["limit_speedup"]) for at, r in zip(x, points, strict=True) if is_number(r["limit_speedup"])]
+        limits = [(at, r["byte_ratio"]) for at, r in zip(x, points, strict=True) if is_number(r["byte_ratio"])]
         if limits:
             ax.plot(*zip(*limits, strict=True), color=SERIES[i], linestyle="--", linewidth=1.0, label=f"{name}: limit")

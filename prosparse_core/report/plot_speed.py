@@ -100,7 +100,7 @@ def _reach(rows: list[Record]) -> float:
     """The end of the axis: room for the longest whisker, and for limits as far as they do not dwarf the bars."""
     tops = [r["speedup_high"] or r["speedup"] for r in rows if r["state"] == "passed"]
     top = max([*tops, 1.25])
-    limits = [r["limit_speedup"] for r in rows if r["state"] == "passed" and is_number(r["limit_speedup"])]
+    limits = [r["byte_ratio"] for r in rows if r["state"] == "passed" and is_number(r["byte_ratio"])]
     return max([top * 1.05, *(1.05 * limit for limit in limits if limit <= 2 * top)])
 
 
@@ -120,7 +120,7 @@ def _bar(ax: Axes, y: float, row: Record) -> None:
         ax.plot([low, high], [y, y], color=PAPER, linewidth=3.6)
         ax.plot([low, high], [y, y], color=INK, linewidth=1.3, marker="|", markersize=7, markeredgewidth=1.3)
     reach = ax.get_xlim()[1]
-    limit = row["limit_speedup"]
+    limit = row["byte_ratio"]
     if is_number(limit) and limit <= reach:
         ax.plot(
             [limit], [y], marker="D", markersize=7, color=SERIES[1], markeredgecolor=GRID, markeredgewidth=0.8, zorder=5
@@ -137,7 +137,7 @@ def _bar(ax: Axes, y: float, row: Record) -> None:
 def _label(ax: Axes, y: float, row: Record, name: str) -> None:
     """The line above a bar: its value, what is compared with what, and at the far end its limit."""
     value = ratio(row["speedup"]) if row["state"] == "passed" else ""
-    limit = f"limit {ratio(row['limit_speedup'])}" if value and is_number(row["limit_speedup"]) else ""
+    limit = f"limit {ratio(row['byte_ratio'])}" if value and is_number(row["byte_ratio"]) else ""
     start, room = 7.6 * len(value) + (6 if value else 0), ax.bbox.width - 6.6 * len(limit)
     behind = {"facecolor": PAPER, "linewidth": 0, "pad": 1.0}
     _text(ax, 0, y, value, fontweight="bold")
@@ -160,7 +160,7 @@ def _alt(rows: list[Record]) -> str:
     parts = []
     for row in rows:
         if row["state"] == "passed":
-            limit = f", limit {ratio(row['limit_speedup'])}" if is_number(row["limit_speedup"]) else ""
+            limit = f", limit {ratio(row['byte_ratio'])}" if is_number(row["byte_ratio"]) else ""
             parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {ratio(row['speedup'])}{limit}")
         else:
             parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: no speed-up, {why_refused(row)}")

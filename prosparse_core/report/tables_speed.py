@@ -42,7 +42,7 @@ def speedups(data: ReportData) -> Grid | None:
         error = Cell(number(row["rel_err"], 2)) if is_number(row["rel_err"]) else grid.missing("no error was recorded")
         if "speedup" in row:
             between = f"{ratio(row['speedup_low'])} \u2013 {ratio(row['speedup_high'])}"
-            limit = row["limit_speedup"]
+            limit = row["byte_ratio"]
             cells += [
                 Cell(baseline_name(row["baseline"])),
                 zeros,
@@ -136,7 +136,7 @@ def decoding(data: ReportData) -> Grid | None:
         cells.append(Cell(number(row["tokens_per_s"], 3)))
         share = pct(row["bandwidth_share"], 0) if is_number(row["bandwidth_share"]) else ""
         cells.append(Cell(number(row["gbps"], 3), share) if is_number(row["gbps"]) else blank)
-        limit = f"limit {ratio(row['limit_speedup'])}" if is_number(row["limit_speedup"]) else ""
+        limit = f"limit {ratio(row['byte_ratio'])}" if is_number(row["byte_ratio"]) else ""
         is_own = row["provider"] == "native_dense"
         cells.append(Cell(ratio(row["over_own_dense"]), limit) if row["over_own_dense"] and not is_own else blank)
         is_theirs = row["provider"] == "transformers_dense"

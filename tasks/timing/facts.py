@@ -82,7 +82,7 @@ class Reporter:
         self._certified = _ratio(found["ffn", "torch"], found["ffn", "certified"])
         for kernel in KERNELS:
             native = found[kernel, "native"]
-            self._limit[kernel] = _number(native.limit_speedup)
+            self._limit[kernel] = _number(native.byte_ratio)
             self._speedup[kernel] = _ratio(found[kernel, "torch"], native)
             self._over_own_dense[kernel] = _ratio(found[kernel, "native_dense"], native)
             if self._speedup[kernel] is None:
@@ -122,7 +122,7 @@ class Reporter:
                 "live_frac": statistics.fmean(way.live) if way.live else 1.0,
                 "rel_err": _number(way.rel_err),
                 "gate_passed": way.problem is None,
-                "limit_speedup": None
+                "byte_ratio": None
                 if way.provider.endswith("_dense")
                 else statistics.fmean(own.bytes_read) / num_bytes,
                 "cutoff": way.cutoff,
@@ -130,7 +130,7 @@ class Reporter:
                 **self._columns,
             }
             if way.mask_source is None:
-                fact.update(variant=original, limit_speedup=None)
+                fact.update(variant=original, byte_ratio=None)
             if way.problem:
                 self._failed.append(f"decode, {way.provider} of {way.dtype} ({way.mask_source} masks): {way.problem}")
             self._facts.append(fact)
@@ -161,7 +161,7 @@ class Reporter:
             "ms": None if fact["p50_us"] is None else fact["p50_us"] / 1e3,
             "over_own_dense": over(own),
             "over_transformers": over(transformers) if way.dtype == "float32" else None,
-            "limit": fact["limit_speedup"],
+            "limit": fact["byte_ratio"],
             "note": fact["note"],
         }
 
@@ -230,7 +230,7 @@ class Reporter:
                 **sparse,
                 "rel_err": _number(found.rel_err),
                 "gate_passed": found.problem is None,
-                "limit_speedup": self._limit["decode"],
+                "byte_ratio": self._limit["decode"],
                 "note": found.problem or f"{found.implementation} kernels",
             }
         )

@@ -50,7 +50,7 @@ class NoisyScribe(Scribe):
         return [{**f, "recall": None} if f["table"] == "predictors" else f for f in super().predictors()]
 
     def speed(self) -> list[dict[str, Any]]:
-        return [{**f, "rel_err": None, "limit_speedup": None} if f["table"] == "speed" else f for f in super().speed()]
+        return [{**f, "rel_err": None, "byte_ratio": None} if f["table"] == "speed" else f for f in super().speed()]
 
 
 class LayeredScribe(Scribe):
@@ -243,7 +243,7 @@ def test_layers_count_by_their_summed_times_and_sweeps_stay_apart(told: Any) -> 
     assert [r["num_timings"] for r in recorded] == [2]
     assert recorded[0]["speedup"] == pytest.approx(400 / 110)
     assert recorded[0]["speedup_low"] == pytest.approx(400 * 0.96 / (110 * 1.07))
-    assert recorded[0]["limit_speedup"] == pytest.approx(400 / (100 / 2 + 300 / 6))
+    assert recorded[0]["byte_ratio"] == pytest.approx(400 / (100 / 2 + 300 / 6))
     swept = [(r["sparsity"], r["speedup"]) for r in data["speedups"] if r["mask_source"] == "random"]
     assert swept == [(0.5, pytest.approx(2.0)), (0.9, pytest.approx(10.0))]
 
