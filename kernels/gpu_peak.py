@@ -47,7 +47,9 @@ def peak_of(properties: Any) -> Peak:
     if bandwidth is not None and units is not None and core_khz is not None and capability in RATES:
         fp32, tf32 = (rate * units * core_khz * 1e3 / 1e12 for rate in RATES[capability])
         gpu = Gpu(name, bandwidth / 1e3, fp32, tf32)
-    reason = f"n/a: the {', '.join(missing)} of {name} {'is' if len(missing) == 1 else 'are'} not known" if missing else None
+    reason = (
+        f"n/a: the {', '.join(missing)} of {name} {'is' if len(missing) == 1 else 'are'} not known" if missing else None
+    )
     return Peak(name, memory, None if clock_khz is None else clock_khz / 1e3, bus, bandwidth, gpu, reason)
 
 

@@ -7,7 +7,7 @@ import torch
 from models import tiny, tokens
 from torch import nn
 
-from prosparse_core.decode import ExchangedFFNs, GreedyDecoder, decode_speedup_limit, ffn_thresholds
+from prosparse_core.decode import ExchangedFFNs, GreedyDecoder, decode_bytes, ffn_thresholds
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FFN, find_ffns
 from prosparse_core.substitute import use_relu, use_thresholds
@@ -97,5 +97,5 @@ def test_the_limit_by_hand(tied: bool) -> None:
     # q and o [32, 32], k and v [16, 32], three of [53, 32], two norms, and at the end one norm and the output layer
     attention = 2 * 32 * 32 + 2 * 16 * 32
     read = 3 * (attention + 3 * 53 * 32 + 2 * 32) + 32 + 96 * 32
-    assert decode_speedup_limit(model, 0.75) == pytest.approx(read / (read - 0.75 * 3 * 2 * 53 * 32), rel=1e-12)
-    assert decode_speedup_limit(model, 0.0) == 1.0
+    assert decode_bytes(model, 0.75) == pytest.approx(4 * (read - 0.75 * 3 * 2 * 53 * 32), rel=1e-12)
+    assert decode_bytes(model) == 4 * read

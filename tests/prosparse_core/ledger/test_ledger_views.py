@@ -358,7 +358,10 @@ def test_the_best_baseline_is_one_for_all_layers_of_a_kernel(tmp_path: Path) -> 
         for provider, us in {**dense, "native": 50.0}.items():
             facts.append(fact("ffn", provider, us, layer=layer, sparsity=0.8 + layer / 10))
     ledger = timings(tmp_path, "m", *facts)
-    assert ask(ledger, "SELECT layer, baseline FROM speedup WHERE is_best ORDER BY layer") == [(0, "torch"), (1, "torch")]
+    assert ask(ledger, "SELECT layer, baseline FROM speedup WHERE is_best ORDER BY layer") == [
+        (0, "torch"),
+        (1, "torch"),
+    ]
 
 
 @pytest.mark.parametrize(
