@@ -47,12 +47,11 @@ class Row:
     """One kernel of one provider. Times are per call of ``num_tokens`` tokens, nan where the gate failed.
 
     ``sparsity``: share of exact zeros in x1 over the inputs used. ``live_frac``: neurons that live for some token of a
-    call. ``gbps``: 1e9 bytes/s of what the provider has to
-    read and write (weights once per call, dead rows not by the sparse one) at the median time. ``rel_err``: worst norm
-    of the error over norm of the float64 reference. ``byte_ratio``: bytes a dense kernel moves over bytes this one moves;
-    None for dense providers, and where ``byte_ratio_note`` says why it says nothing about time. ``weights_bytes``: of the
-    weights that calls walk through; ``cache_bytes``: of the last-level cache. ``timer``: 'process_cpu' (one thread) or
-    'wall'.
+    call. ``gbps``: 1e9 bytes/s of what the provider has to read and write (weights once per call, dead rows not by the
+    sparse one) at the median time. ``rel_err``: worst norm of the error over norm of the float64 reference.
+    ``byte_ratio``: bytes a dense kernel moves over bytes this one moves; None for dense providers, and where
+    ``byte_ratio_note`` says why it says nothing about time. ``weights_bytes``: of the weights that calls walk through;
+    ``cache_bytes``: of the last-level cache. ``timer``: 'process_cpu' (one thread) or 'wall'.
     """
 
     kernel: str
@@ -134,7 +133,8 @@ def bench_layers(
     ``inputs[i]`` is ``[tokens, D]``, inputs of layer i; calls take ``num_tokens`` of them at a time. ``mask_source``
     says where they (hence the masks) come from: 'recorded' from a model, or 'random'. There are at most ``repeats``
     rounds, and no new one after three once ``budget_s`` seconds have gone into timing. ``progress(done, total)``
-    follows the rounds, and ``ceiling`` reads memory once in each. Where native kernels cannot be built their rows come without times, after a warning.
+    follows the rounds, and ``ceiling`` reads memory once in each. Where native kernels cannot be built their rows come
+    without times, after a warning.
     ValueError on wrong shapes, dtypes or counts.
     """
     _check(layers, inputs, thresholds, mask_source, num_tokens, repeats, kernels)

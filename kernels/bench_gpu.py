@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if peak.reason:
         print(f"bench_gpu: {peak.reason}", file=sys.stderr)
     answer: dict[str, Any] = {
-        "kind": "measured", "gpu": peak.name, "peak": asdict(peak), "l2_bytes": device.l2_bytes, "torch": torch.__version__,
+        "kind": "measured", "gpu": peak.name, "peak": asdict(peak), "l2_bytes": device.l2_bytes,
+        "torch": torch.__version__,
         "cuda": torch.version.cuda, "python": platform.python_version(),
         "launch": launch_costs(device, where, asked.rounds),
     }  # fmt: skip

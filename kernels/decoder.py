@@ -112,7 +112,7 @@ class Decoder:
         if cache_of is not None and (cache_of.model is not model or cache_of.capacity != self.capacity):
             raise ValueError("a cache is shared by decoders of one model and one capacity")
         shape = (2, model.num_layers, model.num_kv_heads, self.capacity, model.head_dim)
-        self._cache = torch.zeros(shape) if cache_of is None else cache_of._cache
+        self._cache: Tensor = torch.zeros(shape) if cache_of is None else cache_of._cache
         self._fill()
 
     def _fill(self) -> None:

@@ -54,7 +54,7 @@ class CacheSweep:
 
 
 def fits_cache(num_bytes: float) -> str | None:
-    """Why counting bytes says nothing of weights of that size: they fit into the last-level cache. None: they do not."""
+    """Why bytes say nothing of the time that weights of that size take: they fit into the cache. None: they do not."""
     cache = last_level_cache_bytes()
     if num_bytes > cache:
         return None

@@ -36,18 +36,18 @@ class GreedyDecoder:
         self._forward(prompt)
 
     def fork(self) -> GreedyDecoder:
-        """Another decoder of the same model at the same place, with a cache of its own: the prompt is not read again."""
+        """Another decoder at the same place, with a cache of its own: the prompt is not read again."""
         other = copy.copy(self)
         other._cache, other.tokens = copy.deepcopy(self._cache), list(self.tokens)
         return other
 
     def keys_and_values(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Of every position so far, one ``[kv_heads, n, head_dim]`` a layer; None where the cache keeps less than all."""
-        layers = getattr(self._cache, "layers", [])
-        parts = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-        if not parts or any(part is None or part.shape[-2] != self._length for pair in parts for part in pair):
-            return None
-        return [keys[0] for keys, _ in parts], [values[0] for _, values in parts]
+        """Of every position so far, one ``[kv_heads, n, head_dim]`` a layer; None where the cache lacks some."""
+        layers: list[Any] = list(getattr(self._cache, "layers", []))
+        keys, values = ([getattr(layer, name, None) for layer in layers] for name in ("keys", "values"))
+        found = [part[0] for part in (*keys, *values) if part is not None and part.shape[-2] == self._length]
+        whole = len(layers) > 0 and len(found) == 2 * len(layers)
+        return (found[: len(layers)], found[len(layers) :]) if whole else None
 
     def step(self, token: int | None = None) -> float:
         """Decode the next token; the seconds its forward pass and the choice took.

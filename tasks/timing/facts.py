@@ -207,6 +207,7 @@ class Reporter:
         """Lengths of prompts after which nothing was decoded, and why."""
         for length, why in reasons.items():
             self.missing("native_exact", "float32", self._columns["variant"], why, length)
+            self._work.progress.note(f"no decoding after {length} tokens: {why}")
         if self._speedup["decode"] is None and reasons:
             self._reasons.setdefault("decode", next(iter(reasons.values())))
 
@@ -331,7 +332,7 @@ def _quantiles_us(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _over_best(found: Mapping[tuple[str, str], Row], kernel: str, provider: str) -> tuple[float | None, str | None]:
-    """How much faster it is than the fastest dense kernel, and which that is, if both passed the gate and have times."""
+    """How much faster it is than the fastest dense kernel, and which that is, if both passed the gate."""
     rivals = [row for name in DENSE if (row := found[kernel, name]) if _is_timed(row)]
     candidate, best = found[kernel, provider], min(rivals, key=lambda row: row.p50_us, default=None)
     if best is None or not _is_timed(candidate):

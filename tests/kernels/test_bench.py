@@ -45,9 +45,31 @@ def test_every_kernel_and_provider_has_a_row_that_passed_the_gate(native, dtype,
         assert row.timer == ("process_cpu" if threads == 1 else "wall")
         assert row.sparsity == pytest.approx(0.75, abs=0.01)
         assert (row.byte_ratio is None) == (row.provider in ("torch", "native_dense"))
+        assert row.weights_bytes > row.cache_bytes == 64 << 10
 
 
-def test_bytes_and_limits_by_hand(native):
+def test_bytes_say_nothing_of_weights_that_the_cache_holds(native, monkeypatch):
+    for module in (bench, measure):
+        monkeypatch.setattr(module, "last_level_cache_bytes", lambda: 32 << 20)
+    monkeypatch.setattr(measure, "MAX_SWEEP_BYTES", 1 << 20)
+    for row in run(layers=1):
+        assert row.byte_ratio is None
+        assert row.weights_bytes == bench.MAX_COPIES * 3 * 4 * D * F < row.cache_bytes == 32 << 20
+        said = "n/a: the weights, 4.5 MiB, fit into the last-level cache of 32 MiB"
+        assert row.byte_ratio_note == (None if row.provider in ("torch", "native_dense") else said)
+
+
+def test_memory_is_read_between_the_rounds(native):
+    probes = []
+
+    class Ceiling:
+        probe = staticmethod(lambda: probes.append(1))
+
+    rows = run(layers=1, ceiling=Ceiling())
+    assert len(probes) == rows[0].num_reps == 4
+
+
+def test_bytes_and_their_ratio_by_hand(native):
     rows = {(row.kernel, row.provider): row for row in run(sparsity=0.75, layers=1)}
     live = 1.0 - rows["s2", "native"].sparsity
     matrix = 4 * D * F

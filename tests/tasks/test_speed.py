@@ -208,7 +208,13 @@ def test_another_architecture_is_decoded_by_transformers_with_sparse_ffns(
         assert length > 32 or meta["speedup"]["decode"] == dense["p50_us"] / sparse["p50_us"]
         assert sparse["byte_ratio"] > 1
         assert sparse["num_reps"] >= 8
-        conditions = set(dense) & set(sparse) - {"provider", "byte_ratio", "num_reps", "tokens_per_s", "bandwidth_share"}
+        conditions = set(dense) & set(sparse) - {
+            "provider",
+            "byte_ratio",
+            "num_reps",
+            "tokens_per_s",
+            "bandwidth_share",
+        }
         same = {c for c in conditions if not c.endswith("_us")}
         assert all(dense[c] == sparse[c] for c in same), "a ratio needs equal conditions"
 
@@ -216,7 +222,7 @@ def test_another_architecture_is_decoded_by_transformers_with_sparse_ffns(
 def test_decoding_after_prompts_of_several_lengths(
     base: Any, variant: Variant, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long prompt is read once, by transformers; all ways go on from there in turns, and agree as after a short one."""
+    """A long prompt is read once, by transformers; all ways go on from there in turns, and agree."""
     native()
     monkeypatch.setattr(prompts, "LONG", 100)
     monkeypatch.setattr(lengths, "LONG", 100)
@@ -258,6 +264,7 @@ def test_decoding_after_prompts_of_several_lengths(
     assert absent == {
         n: f"n/a: the model has 128 positions: a prompt of {n} tokens leaves none to decode" for n in (128, 400)
     }
+    assert sum("no decoding after" in note for note in seen.notes) == 2
     pairs = run.ledger.query(
         f"SELECT prompt_tokens, count(*) FROM speedup WHERE artifact = '{artifact.digest}' AND kernel = 'decode' "
         "AND is_best GROUP BY ALL ORDER BY ALL"

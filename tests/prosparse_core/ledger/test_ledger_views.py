@@ -240,7 +240,7 @@ def test_a_speedup_has_a_gap_on_the_papers_device_model_and_baseline_alone(
 
 
 def test_decoding_stands_beside_the_paper_as_the_closing_line_shows_it(tmp_path: Path) -> None:
-    """Not the largest ratio of all: that was a certified gate over transformers, at raised thresholds or long prompts."""
+    """Not the largest ratio of all, which was a certified gate over transformers."""
     ways = {"transformers_dense": 480.0, "native_dense": 39.4, "native_exact": 20.0, "native_certified": 18.0}
     facts = [fact("decode", p, us, dtype="float32", prompt_tokens=32) for p, us in ways.items()]
     facts += [fact("decode", p, us / 2, dtype="float16", prompt_tokens=32) for p, us in ways.items() if us < 100]
