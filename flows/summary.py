@@ -51,6 +51,8 @@ class Result:
     settings: list[SettingResult] = field(default_factory=list)
     predictor: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
+    headline: list[dict[str, Any]] = field(default_factory=list)
+    """Of the view ``speedup``: S2, S3, FFN and decoding over the best dense kernel of the same session."""
     held_out: list[dict[str, Any]] = field(default_factory=list)
     """What thresholds cost and bring on the evaluation files, beside what the calibration files promised."""
     benchmarks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -74,16 +76,7 @@ class Result:
                 f"(true {_pct(p['true_sparsity'])}) at cutoff {p['cutoff']:g}"
             )
         if self.speed:
-            ups, limits = self.speed["speedup"], self.speed.get("limit", {})
-            parts = [
-                f"{name} {'n/a' if ups.get(key) is None else f'{ups[key]:.2f}x'}"
-                + (f" (limit {limits[key]:.2f}x)" if limits.get(key) else "")
-                for key, name in (("s2", "S2"), ("s3", "S3"), ("ffn", "FFN"), ("decode", "decode"))
-            ]
-            why = set(self.speed.get("reasons", {}).values())
-            is_missing = not any(ups.values()) and len(why) == 1  # no such FFN can be computed sparsely
-            text = f"n/a: {why.pop()}" if is_missing else f"{', '.join(parts)} [{self.speed['implementation']}]"
-            lines.append(f"speed-up    {text}")
+            lines += speed_lines(self.speed, self.headline)
             lines += decode_lines(self.speed.get("decode") or [])
         lines += [f"{name:<11} {place}" for name, place in self.places.items()]
         counted = ", ".join(f"{n} {outcome}" for outcome, n in self.steps.items())
@@ -91,19 +84,57 @@ class Result:
         return lines
 
 
+BASELINES = {"torch": "torch", "transformers_dense": "transformers", "native_dense": "our dense"}
+
+
+def speed_lines(speed: Mapping[str, Any], headline: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The speed-ups over one baseline, the faster dense one of the run, and a line for what is above its byte ratio.
+
+    Args:
+        speed: the meta of a speed step.
+        headline: rows of the view ``speedup``, one a kernel.
+    """
+    rows, why = {row["kernel"]: row for row in headline}, set(speed.get("reasons", {}).values())
+    if not rows and len(why) == 1:  # no such FFN can be computed sparsely
+        return [f"speed-up    n/a: {why.pop()}"]
+    parts, remarks = [], []
+    for key, name in (("s2", "S2"), ("s3", "S3"), ("ffn", "FFN"), ("decode", "decode")):
+        row = rows.get(key)
+        if row is None:
+            parts.append(f"{name} n/a")
+            continue
+        if row["kernel"] == "decode" and row["prompt_tokens"]:
+            name += f" after {row['prompt_tokens']} tokens"
+        ratio = "n/a" if row["byte_ratio"] is None else f"{row['byte_ratio']:.2f}x"
+        mark = "!" if row["above_byte_ratio"] else ""
+        parts.append(f"{name} {row['speedup']:.2f}x{mark} ({BASELINES[row['baseline']]}; byte ratio {ratio})")
+        remarks += [f"{name} {row['above_byte_ratio_note']}"] if mark else []
+    lines = [
+        f"speed-up    over the faster of torch and our dense kernel: {', '.join(parts)} [{speed['implementation']}]"
+    ]
+    notes = dict.fromkeys(row["byte_ratio_note"] for row in headline if row["byte_ratio_note"])
+    return (
+        lines + [f"            ! {remark}" for remark in remarks] + [f"            byte ratio {note}" for note in notes]
+    )
+
+
 def decode_lines(ways: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Milliseconds of one token, a line for each dtype and kind of masks; predictors stand in the report."""
-    groups: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
+    """Milliseconds of one token, a line for each length of prompts, dtype and kind of masks, with ratios to the fastest
+    dense way of the line; predictors stand in the report.
+    """
+    groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
     for way in ways:
         if way["cutoff"] is None and way["ms"] is not None:
-            groups.setdefault((way["dtype"], way["mask_source"]), []).append(way)
+            groups.setdefault((way["prompt_tokens"], way["dtype"], way["mask_source"]), []).append(way)
     lines = []
-    for (dtype, masks), found in groups.items():
+    for (prompt, dtype, masks), found in groups.items():
         zeros = "the dense original" if masks is None else f"{_pct(found[-1]['sparsity'])} zeros"
-        about = f"{dtype}, {zeros}" + (", thresholds raised for timing" if masks == "raised" else "")
+        about = f"after {prompt} tokens, {dtype}, {zeros}"
+        about += ", thresholds raised for timing" if masks == "raised" else ""
+        about += "".join(f"; x: over {BASELINES[b]}" for b in {w["baseline"]: 0 for w in found if w["baseline"]})
         parts = [
             f"{way['provider'].replace('_', ' ')} {way['ms']:.1f}"
-            + (f" ({way['over_own_dense']:.2f}x)" if way["over_own_dense"] and "_dense" not in way["provider"] else "")
+            + (f" ({way['speedup']:.2f}x)" if way["speedup"] else "")
             for way in found
         ]
         lines.append(f"ms/token    {', '.join(parts)} [{about}]")
@@ -129,7 +160,7 @@ def of_run(run: Run) -> Result:
         elif artifact.step == "predictor":
             result.predictor = meta
         elif artifact.step == "speed":
-            result.speed = meta
+            result.speed, result.headline = meta, _headline(run, artifact)
         elif artifact.step == "export":
             result.places["model"] = str(artifact.path / "hf")
         elif artifact.step == "report":
@@ -147,6 +178,18 @@ def _held_out(run: Run) -> list[dict[str, Any]]:
         f"sparsity_gain, promised_sparsity_gain FROM threshold_held_out WHERE run_id = {literal} AND corpus = 'mixed' "
         "AND perplexity_increase_pct + promised_increase_pct + sparsity_gain + promised_sparsity_gain IS NOT NULL "
         "ORDER BY setting, variant"
+    ).records()
+
+
+def _headline(run: Run, artifact: Artifact) -> list[dict[str, Any]]:
+    """What the step says first: one row a kernel, exact, of the model's own masks, after the shortest prompts."""
+    return run.ledger.query(
+        "SELECT kernel, provider, baseline, dtype, prompt_tokens, speedup, byte_ratio, byte_ratio_note, "
+        f"above_byte_ratio, above_byte_ratio_note FROM speedup WHERE artifact = '{artifact.digest}' AND is_best "
+        "AND kernel IN ('s2', 's3', 'ffn', 'decode') AND num_tokens = 1 AND cutoff IS NULL "
+        "AND provider IN ('native', 'native_exact', 'transformers_sparse') "
+        "AND (variant IS NULL OR (mask_source = 'recorded' AND dtype = 'float32')) "
+        "QUALIFY row_number() OVER (PARTITION BY kernel ORDER BY variant NULLS LAST, prompt_tokens) = 1"
     ).records()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, reference
-from kernels.measure import CacheSweep, clock, last_level_cache_bytes, torch_threads
+from kernels.measure import CacheSweep, ReadCeiling, clock, fits_cache, last_level_cache_bytes, torch_threads
 from kernels.providers import (
     KERNELS,
     PROVIDERS,
@@ -47,10 +47,11 @@ class Row:
     """One kernel of one provider. Times are per call of ``num_tokens`` tokens, nan where the gate failed.
 
     ``sparsity``: share of exact zeros in x1 over the inputs used. ``live_frac``: neurons that live for some token of a
-    call. ``gbps``: 1e9 bytes/s of what the provider has to
-    read and write (weights once per call, dead rows not by the sparse one) at the median time. ``rel_err``: worst norm
-    of the error over norm of the float64 reference. ``limit_speedup``: what moving fewer bytes than a dense kernel can
-    give at most; None for dense providers. ``timer``: 'process_cpu' (one thread) or 'wall'.
+    call. ``gbps``: 1e9 bytes/s of what the provider has to read and write (weights once per call, dead rows not by the
+    sparse one) at the median time. ``rel_err``: worst norm of the error over norm of the float64 reference.
+    ``byte_ratio``: bytes a dense kernel moves over bytes this one moves; None for dense providers, and where
+    ``byte_ratio_note`` says why it says nothing about time. ``weights_bytes``: of the weights that calls walk through;
+    ``cache_bytes``: of the last-level cache. ``timer``: 'process_cpu' (one thread) or 'wall'.
     """
 
     kernel: str
@@ -71,7 +72,10 @@ class Row:
     gbps: float
     rel_err: float
     gate_passed: bool
-    limit_speedup: float | None
+    byte_ratio: float | None
+    byte_ratio_note: str | None
+    weights_bytes: int
+    cache_bytes: int
 
 
 @dataclass(eq=False)
@@ -121,6 +125,7 @@ def bench_layers(
     repeats: int = 30,
     budget_s: float = 60.0,
     progress: Callable[[float, float], None] | None = None,
+    ceiling: ReadCeiling | None = None,
 ) -> list[Row]:
     """Checks, then times: one row for each of the ``kernels`` by each of torch, native_dense, native, and for one token
     a certified gate and ffn.
@@ -128,7 +133,8 @@ def bench_layers(
     ``inputs[i]`` is ``[tokens, D]``, inputs of layer i; calls take ``num_tokens`` of them at a time. ``mask_source``
     says where they (hence the masks) come from: 'recorded' from a model, or 'random'. There are at most ``repeats``
     rounds, and no new one after three once ``budget_s`` seconds have gone into timing. ``progress(done, total)``
-    follows the rounds. Where native kernels cannot be built their rows come without times, after a warning.
+    follows the rounds, and ``ceiling`` reads memory once in each. Where native kernels cannot be built their rows come
+    without times, after a warning.
     ValueError on wrong shapes, dtypes or counts.
     """
     _check(layers, inputs, thresholds, mask_source, num_tokens, repeats, kernels)
@@ -147,9 +153,11 @@ def bench_layers(
         for layer in work[: len(layers)]:
             _gate(layer, results)
         timer, now = clock(threads)
-        _time(work, results, now, repeats, budget_s, progress)
+        _time(work, results, now, repeats, budget_s, progress, ceiling)
     rows = []
     weight = layers[0].w_gate
+    weights_bytes = sum(w.nbytes for layer in work for w in layer.weights.tensors)
+    in_cache = fits_cache(weights_bytes)
     for (kernel, provider), result in results.items():
         dense_bytes = _bytes(kernel, "torch", weight, 1.0, num_tokens)
         num_bytes = _bytes(kernel, provider, weight, shares.live, num_tokens) if provider in SPARSE else dense_bytes
@@ -161,7 +169,9 @@ def bench_layers(
                 live_frac=shares.live, mask_source=mask_source,
                 threads=threads, timer=timer, p20_us=p20, p50_us=p50, p80_us=p80, num_reps=len(result.us),
                 gbps=num_bytes / (p50 * 1e3), rel_err=result.rel_err, gate_passed=result.gate_passed,
-                limit_speedup=dense_bytes / num_bytes if provider in SPARSE else None,
+                byte_ratio=dense_bytes / num_bytes if provider in SPARSE and not in_cache else None,
+                byte_ratio_note=in_cache if provider in SPARSE else None,
+                weights_bytes=weights_bytes, cache_bytes=last_level_cache_bytes(),
             )
         )  # fmt: skip
     return rows
@@ -276,6 +286,7 @@ def _time(
     repeats: int,
     budget_s: float,
     progress: Callable[[float, float], None] | None,
+    ceiling: ReadCeiling | None,
 ) -> None:
     sweep = CacheSweep()
     began = time.monotonic()
@@ -292,6 +303,8 @@ def _time(
                     for function, vectors in calls:
                         function(vectors)
                     result.us.append((now() - start) / len(calls) / 1e3)
+        if ceiling is not None:
+            ceiling.probe()
         spent = time.monotonic() - began
         over = turn + 1 >= MIN_ROUNDS and spent >= budget_s
         if progress is not None:

@@ -21,6 +21,7 @@ import torch
 from kernels import roofline
 from kernels.bench_gpu_case import DTYPES, Row, bench_case
 from kernels.bench_gpu_timing import CudaDevice, Device, measure, percentile
+from kernels.gpu_peak import Peak, peak_of
 
 MEMORY_SHARE = 0.8  # of the free memory that copies of the weights may take
 NO_GPU = (
@@ -37,9 +38,8 @@ def launch_costs(device: Device, where: str, rounds: int) -> dict[str, float]:
     return {f"{name}_us": percentile(values, 50) for name, values in vars(times).items()}
 
 
-def predictions(rows: Sequence[Row], gpu_name: str) -> list[dict[str, object]]:
-    """What ``kernels.roofline`` says of the same rows, for a GPU that it knows; else nothing."""
-    gpu = next((gpu for gpu in roofline.GPUS if gpu.name.partition("-")[0] in gpu_name), None)
+def predictions(rows: Sequence[Row], gpu: roofline.Gpu | None) -> list[dict[str, object]]:
+    """What ``kernels.roofline`` says of the same rows, for a GPU whose peaks are known; else nothing."""
     if gpu is None:
         return []
     found: list[dict[str, object]] = []
@@ -52,6 +52,12 @@ def predictions(rows: Sequence[Row], gpu_name: str) -> list[dict[str, object]]:
     return found
 
 
+def beside_peak(row: Row, peak: Peak) -> dict[str, object]:
+    """A row with ``peak_share``: of the device's own bandwidth; None where either is not known."""
+    known = row.gbps is not None and peak.bandwidth_gbps is not None
+    return {**asdict(row), "peak_share": row.gbps / peak.bandwidth_gbps if known else None}  # type: ignore[operator]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0: measured; 1: a kernel failed its gate; 2: bad arguments; 3: no CUDA device."""
     asked = _parser().parse_args(arguments)
@@ -59,9 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 3
     device, where = CudaDevice(), "cuda"
-    name = torch.cuda.get_device_name()
+    peak = peak_of(torch.cuda.get_device_properties(torch.cuda.current_device()))
+    if peak.reason:
+        print(f"bench_gpu: {peak.reason}", file=sys.stderr)
     answer: dict[str, Any] = {
-        "kind": "measured", "gpu": name, "l2_bytes": device.l2_bytes, "torch": torch.__version__,
+        "kind": "measured", "gpu": peak.name, "peak": asdict(peak), "l2_bytes": device.l2_bytes,
+        "torch": torch.__version__,
         "cuda": torch.version.cuda, "python": platform.python_version(),
         "launch": launch_costs(device, where, asked.rounds),
     }  # fmt: skip
@@ -76,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     num_tokens=num_tokens, rounds=asked.rounds, seed=asked.seed,
                     memory_bytes=MEMORY_SHARE * torch.cuda.mem_get_info()[0],
                 )  # fmt: skip
-    answer |= {"rows": [asdict(row) for row in rows], "predicted": predictions(rows, name)}
+    answer |= {"rows": [beside_peak(row, peak) for row in rows], "predicted": predictions(rows, peak.gpu)}
     text = json.dumps(answer, indent=1, allow_nan=False, default=str)
     if asked.output:
         asked.output.write_text(text + "\n", encoding="utf-8")

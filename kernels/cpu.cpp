@@ -37,6 +37,23 @@ inline auto with_type(int64_t dtype, Use use) {
   return dtype == 0 ? use(Tag<float>()) : dtype == 1 ? use(Tag<BFloat16>()) : use(Tag<Float16>());
 }
 
+// The sum of `blocks` blocks of 4 * kStep floats, read as S streams side by side; what S does not divide comes last.
+template <int S>
+float read_streams(const float* data, int64_t blocks, int64_t ahead) {
+  constexpr int64_t block = 4 * kStep;
+  const int64_t each = blocks / S;
+  Vec sums[8] = {};
+  const auto add = [&](const float* p) {
+    for (int i = 0; i < 8; i++) sums[i] += load(p + i * kLanes);
+    if (ahead)
+      for (int i = 0; i < 4; i++) prefetch(p + ahead + i * kStep);
+  };
+  for (int64_t b = 0; b < each; b++)
+    for (int s = 0; s < S; s++) add(data + (s * each + b) * block);
+  for (int64_t b = S * each; b < blocks; b++) add(data + b * block);
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+}
+
 // use(first token, number of tokens) for every kTokens of them
 template <class Use>
 inline int64_t in_batches(int64_t tokens, Use use) {
@@ -130,18 +147,18 @@ int64_t psk_decode(const Decoder* m, const int64_t* tokens, int64_t n, int64_t p
   });
 }
 
-// Reads n floats once, sequentially; the sum is returned so that the reads cannot be removed.
-float psk_read(const float* data, int64_t n, int64_t num_threads) {
+// Reads n floats once (whole blocks of 4 * kStep), each thread its share as `streams` streams side by side, with
+// prefetching `ahead` floats before them (0: without); the sum is returned so that the reads cannot be removed.
+float psk_read(const float* data, int64_t n, int64_t streams, int64_t ahead, int64_t num_threads) {
   float total = 0.0f;
   parallel(num_threads, [&](int64_t t, int64_t threads) {
     const Share mine = share(n / (4 * kStep), t, threads);
-    Vec sums[8] = {};
-    for (int64_t block = mine.begin; block < mine.end; block++) {
-      const float* p = data + block * 4 * kStep;
-      for (int i = 0; i < 8; i++) sums[i] += load(p + i * kLanes);
-      for (int i = 0; i < 4; i++) prefetch(p + kAheadBytes / 4 + i * kStep);
-    }
-    const float mine_sum = sum((sums[0] + sums[1]) + (sums[2] + sums[3]) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+    const float* from = data + mine.begin * 4 * kStep;
+    const int64_t blocks = mine.end - mine.begin;
+    const float mine_sum = streams == 2   ? read_streams<2>(from, blocks, ahead)
+                           : streams == 4 ? read_streams<4>(from, blocks, ahead)
+                           : streams == 8 ? read_streams<8>(from, blocks, ahead)
+                                          : read_streams<1>(from, blocks, ahead);
 #ifdef _OPENMP
 #pragma omp critical
 #endif

@@ -80,7 +80,7 @@ class NativeLibrary:
         self.ffn = _bind(handle, "psk_ffn", integer, plan, pointer, pointer, real, integer)
         self.gemv = _bind(handle, "psk_gemv", None, pointer, pointer, pointer, integer, integer, integer, integer)
         self.decode = _bind(handle, "psk_decode", integer, pointer, pointer, integer, integer, integer, pointer)
-        self.read = _bind(handle, "psk_read", real, pointer, integer, integer)
+        self.read = _bind(handle, "psk_read", real, pointer, integer, integer, integer, integer)
         self.huge_pages = _bind(handle, "psk_huge_pages", integer, pointer, integer)
         self.openmp = bool(_bind(handle, "psk_has_openmp", integer)())
         self.vector_bits, self.batch, self.parts, self.screen_step = (

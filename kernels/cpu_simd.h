@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -67,6 +67,17 @@ inline Vec load_part(const T* p, int64_t n) {  // the first n < kLanes values, t
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec splat(float value) { return Vec{} + value; }
+// a * b + c with one rounding wherever the machine can. Left to the compiler, it is fused in one loop and not in another
+// (GCC's tuning for Zen 2 and later), and then the bits of a row depend on its neighbours.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 inline float sum(Vec v) {
   float lane[kLanes];
   store(lane, v);
@@ -99,8 +110,8 @@ inline void dot_block(const float* const* x, const T* const* row, const T* const
     for (int r = 0; r < R; r++) {
       const Vec w0 = load(row[r] + k), w1 = load(row[r] + k + kLanes);
       for (int b = 0; b < B; b++) {
-        even[r * B + b] = even[r * B + b] + w0 * x0[b];
-        odd[r * B + b] = odd[r * B + b] + w1 * x1[b];
+        even[r * B + b] = multiply_add(w0, x0[b], even[r * B + b]);
+        odd[r * B + b] = multiply_add(w1, x1[b], odd[r * B + b]);
       }
     }
     for (int a = 0; a < A; a++) prefetch(ahead[a] + k);
@@ -109,7 +120,7 @@ inline void dot_block(const float* const* x, const T* const* row, const T* const
     const int64_t n = D - k < kLanes ? D - k : kLanes;
     for (int r = 0; r < R; r++) {
       const Vec w = load_part(row[r] + k, n);
-      for (int b = 0; b < B; b++) even[r * B + b] = even[r * B + b] + w * load_part(x[b] + k, n);
+      for (int b = 0; b < B; b++) even[r * B + b] = multiply_add(w, load_part(x[b] + k, n), even[r * B + b]);
     }
   }
   for (int i = 0; i < R * B; i++) out[i] = sum(even[i] + odd[i]);
@@ -129,8 +140,8 @@ inline void add_rows(float* y, const T* const* row, const float* value, const T*
   for (; k + kStep <= D; k += kStep) {
     Vec y0 = load(y + k), y1 = load(y + k + kLanes);
     for (int r = 0; r < R; r++) {
-      y0 = y0 + load(row[r] + k) * v[r];
-      y1 = y1 + load(row[r] + k + kLanes) * v[r];
+      y0 = multiply_add(load(row[r] + k), v[r], y0);
+      y1 = multiply_add(load(row[r] + k + kLanes), v[r], y1);
     }
     for (int a = 0; a < A; a++) prefetch(ahead[a] + k);
     store(y + k, y0);
@@ -139,7 +150,7 @@ inline void add_rows(float* y, const T* const* row, const float* value, const T*
   for (; k < D; k += kLanes) {
     const int64_t n = D - k < kLanes ? D - k : kLanes;
     Vec y0 = load_part(y + k, n);
-    for (int r = 0; r < R; r++) y0 = y0 + load_part(row[r] + k, n) * v[r];
+    for (int r = 0; r < R; r++) y0 = multiply_add(load_part(row[r] + k, n), v[r], y0);
     std::memcpy(y + k, &y0, n * sizeof(float));
   }
 }

@@ -85,9 +85,12 @@ class Decoder:
         num_threads: int = 1,
         thresholds: Sequence[float] | None = None,
         cutoffs: Sequence[float] | None = None,
+        cache_of: Decoder | None = None,
     ) -> None:
         """``thresholds``: others than the model's own, one a layer. ``cutoffs``: of the predictors, the probability
-        from which on a neuron is computed, one a layer; for "predicted" alone, 0.5 by default."""
+        from which on a neuron is computed, one a layer; for "predicted" alone, 0.5 by default. ``cache_of``: another
+        decoder of the same model and capacity whose memory for keys and values is this one's too; both may take turns
+        at one position, each of them writing it before it is read."""
         if ffn not in FFNS:
             raise ValueError(f"ffn is {ffn!r}: one of {', '.join(FFNS)}")
         if model.activation == "silu" and ffn != "dense":
@@ -106,13 +109,16 @@ class Decoder:
         self._library.check_threads(num_threads)
         self.length, self.num_live, self.num_gates = 0, 0, 0
         self._batch = self._library.batch
+        if cache_of is not None and (cache_of.model is not model or cache_of.capacity != self.capacity):
+            raise ValueError("a cache is shared by decoders of one model and one capacity")
+        shape = (2, model.num_layers, model.num_kv_heads, self.capacity, model.head_dim)
+        self._cache: Tensor = torch.zeros(shape) if cache_of is None else cache_of._cache
         self._fill()
 
     def _fill(self) -> None:
         """The C side of it: room for everything, and the addresses."""
         model, batch = self.model, self._batch
         d, heads, kv_heads = model.head_dim, model.num_heads, model.num_kv_heads
-        self._cache = torch.zeros(2, model.num_layers, kv_heads, self.capacity, d)
         room = {
             "x": batch * model.d_model,
             "normed": batch * model.d_model,
@@ -230,8 +236,23 @@ class Decoder:
             raise ValueError("the other decoder is of another model")
         if other.length > self.capacity:
             raise ValueError(f"{other.length} positions do not fit into a cache of {self.capacity}")
-        self._cache[:, :, :, : other.length] = other._cache[:, :, :, : other.length]
+        if self._cache is not other._cache:
+            self._cache[:, :, :, : other.length] = other._cache[:, :, :, : other.length]
         self.length = other.length
+
+    def fill_cache(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Go on from a prompt that something else has read: its keys, turned by their positions, and its values, one
+        ``[kv_heads, n, head_dim]`` a layer."""
+        model, length = self.model, keys[0].shape[1]
+        shape = (model.num_kv_heads, length, model.head_dim)
+        if any(part.shape != shape for part in (*keys, *values)) or not len(keys) == len(values) == model.num_layers:
+            raise ValueError(f"keys and values must be {model.num_layers} of {list(shape)} each: one a layer")
+        if length > self.capacity:
+            raise ValueError(f"{length} positions do not fit into a cache of {self.capacity}")
+        for i, parts in enumerate(zip(keys, values, strict=True)):
+            for place, part in zip(self._cache[:, i], parts, strict=True):
+                place[:, :length] = part
+        self.length = length
 
     def generate(
         self,

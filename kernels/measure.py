@@ -1,4 +1,4 @@
-"""What a measurement of memory-bound code needs: a clock, cold caches, and the bandwidth that nothing can exceed."""
+"""What a measurement of memory-bound code needs: a clock, cold caches, and the rate at which memory can be read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from kernels import cpu
 
 DEFAULT_CACHE_BYTES = 32 << 20
 MAX_SWEEP_BYTES = 512 << 20
+CEILING_CACHES = 4  # what the ceiling reads, in last-level caches
+MIN_CEILING_BYTES, MAX_CEILING_BYTES = 128 << 20, 1 << 30
+Pattern = tuple[int, int]
+PATTERNS: tuple[Pattern, ...] = ((1, 1024), (1, 0), (2, 1024), (4, 0), (4, 1024), (8, 0), (8, 1024))
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -49,23 +53,52 @@ class CacheSweep:
         self._memory.sum()
 
 
-def read_bandwidth_gbps(threads: int = 1, *, num_bytes: int = 256 << 20, repeats: int = 7) -> float:
-    """The best rate at which this machine was seen to read memory just now, in 1e9 bytes/s.
+def fits_cache(num_bytes: float) -> str | None:
+    """Why bytes say nothing of the time that weights of that size take: they fit into the cache. None: they do not."""
+    cache = last_level_cache_bytes()
+    if num_bytes > cache:
+        return None
+    return f"n/a: the weights, {num_bytes / 2**20:.1f} MiB, fit into the last-level cache of {cache / 2**20:g} MiB"
 
-    Sequential reads of ``num_bytes`` (make it much more than the last-level cache), best of ``repeats``: what every
-    kernel here is measured against. RuntimeError where native kernels cannot be built.
+
+class ReadCeiling:
+    """The best rate at which this machine was seen to read memory, in 1e9 bytes/s, over several access patterns.
+
+    Each pattern (``PATTERNS``: streams a thread, floats prefetched ahead) sums a block of several times the last-level
+    cache in the widest vectors. Like the kernels' weights the block is packed (:func:`kernels.cpu.pack`), where huge
+    pages are asked for. Probes belong between the measurements that are held against them, with as many threads.
+    RuntimeError where native kernels cannot be built.
     """
-    library = cpu.load()
-    library.check_threads(threads)
-    memory = torch.ones(num_bytes // 4)
-    _, now = clock(threads)
-    best_ns = None
-    for _ in range(repeats + 1):  # the first one warms the page tables up
-        start = now()
-        library.read(memory.data_ptr(), memory.numel(), threads)
-        elapsed = now() - start
-        best_ns = elapsed if best_ns is None else min(best_ns, elapsed)
-    return num_bytes / max(best_ns or 1, 1)
+
+    def __init__(self, threads: int = 1, *, num_bytes: int | None = None, rounds: int = 2) -> None:
+        self._library = cpu.load()
+        self._library.check_threads(threads)
+        self._threads, self._turn = threads, 0
+        _, self._now = clock(threads)
+        wanted = CEILING_CACHES * last_level_cache_bytes() if num_bytes is None else num_bytes
+        size = min(max(wanted, MIN_CEILING_BYTES), MAX_CEILING_BYTES) if num_bytes is None else num_bytes
+        (self._memory,) = cpu.pack([torch.ones(size // 4)])
+        self.seen: dict[Pattern, float] = dict.fromkeys(PATTERNS, 0.0)
+        self.probe_all(rounds)
+
+    @property
+    def gbps(self) -> float:
+        """The best of all patterns and probes so far."""
+        return max(self.seen.values())
+
+    def probe(self) -> None:
+        """Read the block once, by the next pattern in turn."""
+        pattern = PATTERNS[self._turn % len(PATTERNS)]
+        self._turn += 1
+        start = self._now()
+        self._library.read(self._memory.data_ptr(), self._memory.numel(), *pattern, self._threads)
+        elapsed = max(self._now() - start, 1)
+        self.seen[pattern] = max(self.seen[pattern], self._memory.nbytes / elapsed)
+
+    def probe_all(self, rounds: int = 1) -> None:
+        """Every pattern so many times."""
+        for _ in range(rounds * len(PATTERNS)):
+            self.probe()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -31,7 +32,22 @@ class GreedyDecoder:
         self._model, self._clock, self._cache = model, CLOCKS[timer], None
         self._last = last_logits_only(model)
         self.tokens: list[int] = []
+        self._length = 0
         self._forward(prompt)
+
+    def fork(self) -> GreedyDecoder:
+        """Another decoder at the same place, with a cache of its own: the prompt is not read again."""
+        other = copy.copy(self)
+        other._cache, other.tokens = copy.deepcopy(self._cache), list(self.tokens)
+        return other
+
+    def keys_and_values(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Of every position so far, one ``[kv_heads, n, head_dim]`` a layer; None where the cache lacks some."""
+        layers: list[Any] = list(getattr(self._cache, "layers", []))
+        keys, values = ([getattr(layer, name, None) for layer in layers] for name in ("keys", "values"))
+        found = [part[0] for part in (*keys, *values) if part is not None and part.shape[-2] == self._length]
+        whole = len(layers) > 0 and len(found) == 2 * len(layers)
+        return (found[: len(layers)], found[len(layers) :]) if whole else None
 
     def step(self, token: int | None = None) -> float:
         """Decode the next token; the seconds its forward pass and the choice took.
@@ -48,6 +64,7 @@ class GreedyDecoder:
     def _forward(self, tokens: Tensor) -> None:
         out = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True, **self._last)
         self._cache = out.past_key_values
+        self._length += tokens.shape[1]
         self.logits: Tensor = out.logits[0, -1]
         self.tokens.append(int(self.logits.argmax()))
 
@@ -133,8 +150,8 @@ def _parent_and_name(model: Any, ffn: FFN) -> tuple[nn.Module, str]:
     return parent, name
 
 
-def decode_speedup_limit(model: nn.Module, sparsity: float) -> float:
-    """The most that skipping up and down can bring at batch 1, when time goes with the weights that are read.
+def decode_bytes(model: nn.Module, sparsity: float = 0.0) -> float:
+    """Bytes of weights that a token at batch 1 reads when up and down are skipped for that share of the neurons.
 
     Without a gate only down can be skipped: up is what says which neurons live.
 
@@ -142,6 +159,8 @@ def decode_speedup_limit(model: nn.Module, sparsity: float) -> float:
     """
     output = model.get_output_embeddings().weight  # type: ignore[operator]
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    read = sum(p.numel() for p in model.parameters() if p is not embedding or p is output)
-    skipped = sparsity * sum((2 if f.family.is_gated else 1) * f.d_ff * f.d_model for f in find_ffns(model))
-    return read / (read - skipped)
+    read = sum(p.nbytes for p in model.parameters() if p is not embedding or p is output)
+    skipped = sum(
+        (2 if f.family.is_gated else 1) * f.d_ff * f.d_model * f.down_weight.itemsize for f in find_ffns(model)
+    )
+    return read - sparsity * skipped

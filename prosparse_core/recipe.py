@@ -22,6 +22,7 @@ from prosparse_core.recipe_machine import Hardware, Shape
 from prosparse_core.recipe_mixture import mixture_problems
 from prosparse_core.recipe_runtime import Runtime as Runtime
 from prosparse_core.recipe_runtime import check_world
+from prosparse_core.recipe_speed import Speed as Speed
 from prosparse_core.recipe_text import apply_override, explain
 from prosparse_core.recipe_train import Distill, Section, Train
 
@@ -129,19 +130,6 @@ class Predictor(Section):
         if not self.epochs and self.init == "random":
             raise ValueError("epochs=0 leaves a random predictor: train it, or begin with init=svd")
         return self
-
-
-class Speed(Section):
-    """How long the kernels are timed, and on what."""
-
-    num_tokens: int = Field(default=32, gt=0)
-    """Recorded inputs per layer."""
-    threads: int = Field(default=1, gt=0)
-    budget_s: float = Field(default=40.0, gt=0)
-    decode_tokens: int = Field(default=48, gt=0)
-    raised_sparsity: float | None = Field(default=0.89, gt=0, lt=1)
-    """Decoding is also timed with thresholds raised until this share of the gates is dead, the paper's sparsity; only
-    to be compared with other engines: nothing else is measured with them. None: it is not."""
 
 
 SettingName = Literal[

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prosparse_core.errors import BadInput, EnvironmentProblem
+from prosparse_core.errors import EnvironmentProblem
 from prosparse_core.store import Artifact
 from prosparse_core.variants import Variant
 from tasks.step import Run, Work, provenance
 from tasks.timing import llama_cpp_peer
-from tasks.timing.decode import RECORDED, Peers, raised_thresholds, time_ways
+from tasks.timing.decode import RECORDED
 from tasks.timing.facts import Reporter
-from tasks.timing.native_decode import runs_silu, supports
-from tasks.timing.sparse_decode import time_decoding
+from tasks.timing.lengths import Case, time_every_length
+from tasks.timing.native_decode import runs_silu
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
     from prosparse_core.document_masks import Packed
     from prosparse_core.prediction.recording import Recording
 
-VERSION = 5
+VERSION = 6
 BATCHES = (2, 4, 8)
 """Tokens at once, besides one: the whole FFN on the neurons that live for any of them."""
 CURVE = (0.0, 0.5, 0.7, 0.8, 0.89, 0.95)
 """Sparsities of random masks at which the whole FFN is timed."""
 RECORDED_SHARE, BATCH_SHARE, RANDOM_SHARE, CURVE_SHARE, DECODE_SHARE = 0.3, 0.1, 0.05, 0.05, 0.5
 """Of ``speed.budget_s``."""
-PROMPT_TOKENS = 32
 
 
 def speed(
@@ -87,7 +86,7 @@ def _build(
 ) -> None:
     from kernels import cpu
     from kernels.measure import torch_threads
-    from prosparse_core.decode import ffn_thresholds, why_not_sparse
+    from prosparse_core.decode import why_not_sparse
     from prosparse_core.families import find_ffns
     from prosparse_core.mixing import Mixture
     from prosparse_core.prediction.recording import held_out_windows
@@ -102,7 +101,6 @@ def _build(
     model, tokenizer = load_variant(variant, "cpu")
     mixture = Mixture(corpora.path, run.recipe.seed, attend_across=run.recipe.data.attend_across_documents)
     windows = list(held_out_windows(mixture, tokenizer))
-    prompts = [window.tokens[:, :PROMPT_TOKENS] for window in _first_of_each_corpus(windows)]
     report = Reporter(work, run, variant, None if native else f"no native kernels: {native.why}")
     if original is not None and original.id != variant.id:
         work.fact("variants", **original.fact(run.recipe.model.id))
@@ -118,21 +116,13 @@ def _build(
             recording = _record(model, windows, section.num_tokens)
             sparsity = sum(layer.sparsity for layer in recording.layers) / len(recording.layers)
             _time_kernels(work, run, model, recording, report)
-        share = DECODE_SHARE * section.budget_s
-        progress = report.part("decode", 1.0 - DECODE_SHARE, DECODE_SHARE)
-        if native and supports(_config(model).model_type) and _fits(model, 4):
-            _time_ways(work, run, model, prompts, sparsity, original, predictors, report, share, progress)
-        else:
-            decoded = time_decoding(
-                model,
-                ffn_thresholds(model),
-                prompts,
-                num_new=section.decode_tokens,
-                threads=section.threads,
-                budget_s=share,
-                progress=progress,
-            )
-            report.decoding(model, decoded, sparsity)
+        time_every_length(
+            Case(work, section, model, sparsity, original, predictors, report),
+            [(corpus, window.tokens) for corpus, window in windows],
+            is_native=bool(native),
+            budget_s=DECODE_SHARE * section.budget_s,
+            progress=report.part("decode", 1.0 - DECODE_SHARE, DECODE_SHARE),
+        )
     report.finish()
 
 
@@ -159,6 +149,7 @@ def _time_kernels(work: Work, run: Run, model: nn.Module, recording: Recording, 
             threads=section.threads,
             budget_s=share * section.budget_s,
             progress=report.part(phase, done, share),
+            ceiling=report.ceiling,
             **settings,
         )
         done += share
@@ -182,89 +173,6 @@ def _time_kernels(work: Work, run: Run, model: nn.Module, recording: Recording, 
         cuts = [threshold_for(x, layer.w_gate, zeros)]
         phase, share = f"random masks, {zeros:.0%} zeros", CURVE_SHARE / len(CURVE)
         timed(phase, share, [layer], [x], cuts, is_synthetic=True, mask_source="random", kernels=("ffn",))
-
-
-def _time_ways(
-    work: Work,
-    run: Run,
-    model: nn.Module,
-    prompts: Sequence[Tensor],
-    sparsity: float,
-    original: Variant | None,
-    predictors: Artifact | None,
-    report: Reporter,
-    budget_s: float,
-    progress: Any,
-) -> None:
-    """Every way to decode, in turns."""
-    from prosparse_core.decode import ffn_thresholds
-
-    section = run.recipe.speed
-    is_silu = runs_silu(model)
-    thresholds = [0.0] * _config(model).num_hidden_layers if is_silu else ffn_thresholds(model)
-    goal, raised, about = section.raised_sparsity, None, None
-    if goal is not None and not is_silu and sparsity < goal:
-        raised = raised_thresholds(model, thresholds, prompts[0], goal)
-        about = f"thresholds raised to {goal:.0%} of each layer's gates, for timing only"
-    elif goal is not None and not is_silu:
-        work.progress.note(f"no thresholds are raised: the model is {sparsity:.1%} sparse, {goal:.0%} were asked")
-    loaded, source, cutoffs = _load_predictors(predictors, model)
-    longest, config = max(p.shape[1] for p in prompts), _config(model)
-    num_new = min(section.decode_tokens, config.max_position_embeddings - longest)
-    if num_new < 1:
-        raise BadInput(
-            f"prompts of {longest} tokens leave nothing to decode: the model has {config.max_position_embeddings} "
-            "positions"
-        )
-    others, why = llama_cpp_peer.ways(original, work.folder, longest + num_new, section.threads)
-    if why is not None:
-        report.missing(llama_cpp_peer.PROVIDER, llama_cpp_peer.DTYPE, original.id if original else None, why)
-    sixteen = _sixteen(model) if _fits(model, 4 + 2) else None
-    if sixteen is None:
-        report.missing("native_dense", "float16", None, "the memory does not hold another copy of the weights")
-    peers = Peers(raised, sixteen, loaded, source, cutoffs, others)
-    ways = time_ways(
-        model,
-        thresholds,
-        prompts,
-        peers,
-        num_new=num_new,
-        threads=section.threads,
-        budget_s=budget_s,
-        progress=progress,
-    )
-    report.ways(model, ways, about, original.id if original else None)
-
-
-def _config(model: nn.Module) -> Any:
-    return model.config
-
-
-def _fits(model: nn.Module, bytes_per_weight: int) -> bool:
-    """Whether the memory that is free now holds copies of so many bytes a weight, with room to spare."""
-    import psutil
-
-    needed = bytes_per_weight * sum(p.numel() for p in model.parameters())
-    return bool(1.2 * needed < psutil.virtual_memory().available)
-
-
-def _sixteen(model: nn.Module) -> Any:
-    """float16, what other engines store; bfloat16 for weights beyond its range."""
-    import torch
-
-    largest = max(float(p.detach().abs().max()) for p in model.parameters() if p.ndim > 1)
-    return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
-
-
-def _load_predictors(predictors: Artifact | None, model: nn.Module) -> tuple[list[Any], Any, list[float]]:
-    """(one predictor a layer, what they read, their cutoffs); nothing of all that without an artifact."""
-    if predictors is None:
-        return [], "post_norm", []
-    from prosparse_core.predictor import load
-
-    meta = predictors.meta()
-    layers = [load(predictors.path, i) for i in range(_config(model).num_hidden_layers)]
-    return layers, meta["input"], [entry["cutoff"] for entry in meta["per_cutoff"]]
 
 
 def _record(model: nn.Module, windows: Sequence[tuple[str, Packed]], num_tokens: int) -> Recording:

@@ -30,8 +30,8 @@ EXAMPLES: list[tuple[str, str]] = [
     ),
     (
         "Where do we stand beside the paper?",
-        "SELECT model, setting, metric, round(ours, 2) AS ours, paper, round(gap, 2) AS gap, paper_model, source "
-        "FROM paper_gap WHERE ours IS NOT NULL AND paper IS NOT NULL ORDER BY ALL",
+        "SELECT model, setting, metric, round(ours, 2) AS ours, paper, round(gap, 2) AS gap, reason, paper_model, "
+        "source FROM paper_gap WHERE ours IS NOT NULL AND paper IS NOT NULL ORDER BY ALL",
     ),
     (
         "What does each threshold cost, and which was chosen?",
@@ -64,7 +64,8 @@ EXAMPLES: list[tuple[str, str]] = [
     (
         "How much faster are the kernels, and under which conditions?",
         "SELECT kernel, provider, baseline, sparsity, round(speedup, 2) AS speedup, round(speedup_low, 2) AS at_least, "
-        "limit_speedup, d_model, d_ff, dtype, threads, timer, cpu FROM speedup ORDER BY kernel, sparsity",
+        "round(byte_ratio, 2) AS byte_ratio, above_byte_ratio_note, d_model, d_ff, prompt_tokens, dtype, threads, "
+        "timer, cpu FROM speedup WHERE is_best ORDER BY kernel, sparsity",
     ),
     (
         "How good are the predictors at each cutoff?",
@@ -74,9 +75,9 @@ EXAMPLES: list[tuple[str, str]] = [
     ),
     (
         "When is a predictor worth its errors?",
-        "SELECT setting, provider, cutoff, recall, round(perplexity, 2) AS perplexity, "
+        "SELECT setting, provider, cutoff, prompt_tokens, recall, round(perplexity, 2) AS perplexity, "
         "round(perplexity_increase_pct, 1) AS increase_pct, round(p50_us / 1000, 1) AS ms_per_token, "
-        "round(decode_over_dense, 2) AS decode_over_dense FROM decode_tradeoff ORDER BY setting, p50_us",
+        "round(decode_over_dense, 2) AS decode_over_dense FROM decode_tradeoff ORDER BY setting, prompt_tokens, p50_us",
     ),
     (
         "What failed, and what is the way out?",

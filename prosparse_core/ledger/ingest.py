@@ -205,6 +205,7 @@ def _add_fact(facts: _Facts, place: str, text: str, known: dict[str, dict[str, t
     table = row.pop("table", None)
     if table not in known:
         raise ProSparseError(f"{place}: unknown table {table!r}", hint=_nearest(str(table), known))
+    row = {schema.RENAMED.get((table, column), column): value for column, value in row.items()}
     row = _typed(row, known[table], place, table)
     if table in KEYS:
         key = (table, *(row.get(column) for column in KEYS[table]))

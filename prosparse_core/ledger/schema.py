@@ -22,6 +22,8 @@ STORAGE_VERSION = "v1.0.0"
 WRITER_CONFIG: dict[str, str | bool | int | float | list[str]] = {"threads": 1, "autoinstall_known_extensions": False}
 HISTORY = ("run_starts", "run_ends", "step_starts", "step_ends")
 """The tables the store's artifacts do not hold."""
+RENAMED = {("speed", "limit_speedup"): "byte_ratio"}
+"""Columns of older ledgers and artifacts by table, and what they are called now; they mean the same."""
 _CARRIED_BY_CODE = ("schema_version", "published")
 _SQL = ("schema.sql", "views.sql", "paper.sql", "comparison.sql", "held_out.sql")
 _CSV = ("columns.csv", "published.csv")
@@ -107,11 +109,13 @@ def carry_over(con: DuckDBPyConnection, old: Path, only: Iterable[str] | None = 
         here = tables(con)
         for table in wanted:
             names = columns(con, table, "old")
-            unknown = sorted(set(names) - set(columns(con, table))) if table in here else ["(the table)"]
+            now_called = {name: RENAMED.get((table, name), name) for name in names}
+            unknown = sorted(set(now_called.values()) - set(columns(con, table))) if table in here else ["(the table)"]
             if unknown:
                 raise _newer(old, f"{table} has {', '.join(unknown)}, which this one does not know")
             listed = ", ".join(f'"{name}"' for name in names)
-            con.execute(f'INSERT INTO "{table}" ({listed}) SELECT {listed} FROM old."{table}"')
+            into = ", ".join(f'"{name}"' for name in now_called.values())
+            con.execute(f'INSERT INTO "{table}" ({into}) SELECT {listed} FROM old."{table}"')
         con.execute("COMMIT")
     except BaseException:
         con.execute("ROLLBACK")

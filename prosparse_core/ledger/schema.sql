@@ -107,8 +107,9 @@ CREATE TABLE speed (
   artifact VARCHAR NOT NULL, kernel VARCHAR NOT NULL, provider VARCHAR NOT NULL, variant VARCHAR, d_model INTEGER,
   d_ff INTEGER, num_tokens BIGINT, dtype VARCHAR NOT NULL, sparsity DOUBLE, mask_source VARCHAR, threads INTEGER,
   timer VARCHAR NOT NULL, cache VARCHAR, p20_us DOUBLE, p50_us DOUBLE, p80_us DOUBLE, num_reps INTEGER, gbps DOUBLE,
-  rel_err DOUBLE, gate_passed BOOLEAN, limit_speedup DOUBLE, tokens_per_s DOUBLE, layer INTEGER, host VARCHAR,
-  cpu VARCHAR, device VARCHAR, note VARCHAR, live_frac DOUBLE, bandwidth_share DOUBLE, cutoff DOUBLE
+  rel_err DOUBLE, gate_passed BOOLEAN, byte_ratio DOUBLE, tokens_per_s DOUBLE, layer INTEGER, host VARCHAR,
+  cpu VARCHAR, device VARCHAR, note VARCHAR, live_frac DOUBLE, bandwidth_share DOUBLE, cutoff DOUBLE,
+  prompt_tokens INTEGER, weights_bytes BIGINT, cache_bytes BIGINT, byte_ratio_note VARCHAR
 );
 COMMENT ON TABLE speed IS
   'Every timing, with all its conditions. Ratios are in the view speedup, which compares like with like only.';

@@ -99,7 +99,9 @@ CREATE VIEW facts AS
     without_nulls(json_object('kernel', kernel, 'provider', provider, 'd_model', d_model, 'd_ff', d_ff,
       'num_tokens', num_tokens, 'dtype', dtype, 'sparsity', sparsity, 'mask_source', mask_source, 'layer', layer,
       'threads', threads, 'timer', timer, 'cache', cache, 'host', host, 'cpu', cpu, 'device', device,
-      'live_frac', live_frac, 'bandwidth_share', bandwidth_share, 'cutoff', cutoff, 'gate_passed', gate_passed, 'rel_err', rel_err, 'note', note)) AS conditions
+      'live_frac', live_frac, 'bandwidth_share', bandwidth_share, 'cutoff', cutoff, 'prompt_tokens', prompt_tokens,
+      'weights_bytes', weights_bytes, 'cache_bytes', cache_bytes, 'gate_passed', gate_passed, 'rel_err', rel_err,
+      'note', note)) AS conditions
   FROM speed,
     unnest([{name: 'p50_us', value: p50_us, unit: 'us'}, {name: 'gbps', value: gbps, unit: 'GB/s'},
             {name: 'tokens_per_s', value: tokens_per_s, unit: 'tokens/s'}]) u(m)
@@ -163,25 +165,47 @@ COMMENT ON VIEW loss_curve IS
   'The training curve of a run, stage by stage, with lambda beside the loss it is added to.';
 
 CREATE VIEW speedup AS
-  SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.setting, k.variant, k.kernel, k.provider,
-         b.provider AS baseline, k.sparsity, b.p50_us AS baseline_us, k.p50_us, b.p50_us / k.p50_us AS speedup,
-         b.p20_us / k.p80_us AS speedup_low, b.p80_us / k.p20_us AS speedup_high, k.limit_speedup, k.d_model, k.d_ff,
-         k.num_tokens, k.dtype, k.mask_source, k.layer, k.threads, k.timer, k.cache, k.host, k.cpu, k.device,
-         k.rel_err, k.live_frac, k.bandwidth_share, k.cutoff, k.artifact
-  FROM speed k JOIN run_artifacts r USING (artifact)
-  JOIN speed b
-    ON b.artifact = k.artifact AND b.kernel = k.kernel
-    AND is_baseline(b.provider) AND NOT is_baseline(k.provider)
-    AND row(b.variant, b.d_model, b.d_ff, b.num_tokens, b.dtype, b.sparsity, b.mask_source, b.layer, b.threads,
-            b.timer, b.cache, b.host, b.cpu, b.device)
-      IS NOT DISTINCT FROM
-        row(k.variant, k.d_model, k.d_ff, k.num_tokens, k.dtype, k.sparsity, k.mask_source, k.layer, k.threads,
-            k.timer, k.cache, k.host, k.cpu, k.device)
-  LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (k.artifact, k.variant)
-  WHERE k.gate_passed AND b.gate_passed IS NOT FALSE AND k.p50_us > 0;
+  WITH pairs AS (
+    SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.setting, k.variant, k.kernel, k.provider,
+           b.provider AS baseline, k.sparsity, b.p50_us AS baseline_us, k.p50_us, b.p50_us / k.p50_us AS speedup,
+           b.p20_us / k.p80_us AS speedup_low, b.p80_us / k.p20_us AS speedup_high, k.byte_ratio, k.byte_ratio_note,
+           b.gbps AS baseline_gbps, k.gbps, k.d_model, k.d_ff, k.num_tokens, k.prompt_tokens, k.dtype, k.mask_source,
+           k.layer, k.threads, k.timer, k.cache, k.weights_bytes, k.cache_bytes, k.host, k.cpu, k.device, k.rel_err,
+           k.live_frac, k.bandwidth_share, k.cutoff, k.artifact,
+           CASE WHEN k.layer IS NULL THEN k.sparsity END AS swept -- layers timed one by one count together
+    FROM speed k JOIN run_artifacts r USING (artifact)
+    JOIN speed b
+      ON b.artifact = k.artifact AND b.kernel = k.kernel
+      AND is_baseline(b.provider) AND NOT is_baseline(k.provider)
+      AND row(b.variant, b.d_model, b.d_ff, b.num_tokens, b.prompt_tokens, b.dtype, b.sparsity, b.mask_source, b.layer,
+              b.threads, b.timer, b.cache, b.host, b.cpu, b.device)
+        IS NOT DISTINCT FROM
+          row(k.variant, k.d_model, k.d_ff, k.num_tokens, k.prompt_tokens, k.dtype, k.sparsity, k.mask_source, k.layer,
+              k.threads, k.timer, k.cache, k.host, k.cpu, k.device)
+    LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (k.artifact, k.variant)
+    WHERE k.gate_passed AND b.gate_passed IS NOT FALSE AND k.p50_us > 0),
+  summed AS (
+    SELECT *, sum(baseline_us) OVER (
+      PARTITION BY run_id, artifact, variant, kernel, provider, baseline, d_model, d_ff, num_tokens, prompt_tokens,
+                   dtype, mask_source, threads, timer, cache, host, cpu, device, cutoff, swept) AS whole_us
+    FROM pairs),
+  ranked AS (
+    SELECT *, baseline = first_value(baseline) OVER (
+      PARTITION BY run_id, artifact, variant, kernel, provider, d_model, d_ff, num_tokens, prompt_tokens,
+                   dtype, mask_source, threads, timer, cache, host, cpu, device, cutoff, swept
+      ORDER BY whole_us, baseline) AS is_best
+    FROM summed)
+  SELECT * EXCLUDE (whole_us, swept, byte_ratio, byte_ratio_note, is_best), is_best,
+    CASE WHEN is_best THEN byte_ratio END AS byte_ratio, CASE WHEN is_best THEN byte_ratio_note END AS byte_ratio_note,
+    CASE WHEN is_best THEN speedup > byte_ratio END AS above_byte_ratio,
+    CASE WHEN is_best AND speedup > byte_ratio
+         THEN 'above its byte ratio' || coalesce(printf(': it reads %.1f GB/s, its baseline %.1f', gbps, baseline_gbps), '')
+           || CASE WHEN speedup_low <= byte_ratio THEN '; within the spread of the timings' ELSE '' END END AS above_byte_ratio_note
+  FROM ranked;
 COMMENT ON VIEW speedup IS
   'Speedup over each dense baseline (torch, or our own dense kernel) of the same session under the very same '
-  'conditions, and only for kernels that passed their correctness gate.';
+  'conditions, and only for kernels that passed their correctness gate. is_best marks the fastest of them, the one that '
+  'tables, plots and the closing line of a run show; the byte ratio stands beside that one alone.';
 
 CREATE VIEW decode_tradeoff AS
   WITH price AS (
@@ -195,12 +219,14 @@ CREATE VIEW decode_tradeoff AS
   SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.setting, k.variant, k.provider, k.dtype, k.cutoff,
          f.recall, f.predicted_sparsity, k.live_frac, x.value AS perplexity,
          100 * (x.value / e.value - 1) AS perplexity_increase_pct, k.p50_us, k.tokens_per_s,
-         d.p50_us / k.p50_us AS decode_over_dense, k.gate_passed, k.threads, k.timer, k.cpu, k.artifact
+         k.prompt_tokens, d.p50_us / k.p50_us AS decode_over_dense, k.gate_passed, k.threads, k.timer, k.cpu,
+         k.artifact
   FROM speed k JOIN run_artifacts r USING (artifact)
   LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (k.artifact, k.variant)
   LEFT JOIN speed d
     ON (d.artifact, d.variant, d.kernel, d.provider, d.dtype, d.mask_source)
       = (k.artifact, k.variant, 'decode', 'native_dense', k.dtype, k.mask_source)
+    AND d.prompt_tokens IS NOT DISTINCT FROM k.prompt_tokens
   LEFT JOIN lineage l ON l.artifact = k.artifact AND l.role = 'predictors'
   LEFT JOIN price x
     ON x.artifact = l.input AND x.variant = k.variant AND x.cutoff IS NOT DISTINCT FROM k.cutoff

@@ -39,7 +39,7 @@ WHERE s.metric = 'sparsity_pct' AND a.metric = 'average_pct' AND s.source LIKE '
 ORDER BY s.model DESC, sparsity_pct, s.setting""",
     "paper": """
 SELECT model, setting, l1, seed, variant, metric, ours, stderr, partial, not_measured, paper, gap, paper_model,
-       paper_model(model) IS NULL AS is_foreign, source
+       paper_model(model) IS NULL AS is_foreign, reason, baseline, source
 FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, seed, metric, variant""",
     "checkpoints": """
 SELECT DISTINCT v.variant, v.setting, v.checkpoint, v.seed, v.l1
@@ -102,50 +102,51 @@ FROM predictors p JOIN run_artifacts r USING (artifact) JOIN variant_facts v USI
 WHERE r.run_id = {run} ORDER BY v.setting, p.hidden, p.label_rule, p.cutoff, p.layer""",
     # Layers timed one by one count together, by their summed times. Masks of a sweep over sparsities stay apart.
     "speedups": """
-SELECT kernel, provider, baseline, setting, CASE WHEN layer IS NULL THEN sparsity END AS swept_sparsity,
+SELECT kernel, provider, baseline, is_best, setting, CASE WHEN layer IS NULL THEN sparsity END AS swept_sparsity,
        avg(sparsity) AS sparsity, sum(baseline_us) AS baseline_us, sum(p50_us) AS p50_us,
        sum(baseline_us) / sum(p50_us) AS speedup,
        sum(baseline_us) / sum(baseline_us / speedup_low) AS speedup_low,
        sum(baseline_us) / sum(baseline_us / speedup_high) AS speedup_high,
-       sum(baseline_us) / sum(baseline_us / limit_speedup) AS limit_speedup,
+       sum(baseline_us) / sum(baseline_us / byte_ratio) AS byte_ratio, any_value(byte_ratio_note) AS byte_ratio_note,
+       bool_or(above_byte_ratio) AS above_byte_ratio, any_value(above_byte_ratio_note) AS above_byte_ratio_note,
        max(rel_err) AS rel_err, count(*) AS num_timings,
-       d_model, d_ff, num_tokens, dtype, mask_source, threads, timer, cache, device, cpu, cutoff
+       d_model, d_ff, num_tokens, prompt_tokens, dtype, mask_source, threads, timer, cache, device, cpu, cutoff
 FROM speedup WHERE run_id = {run} GROUP BY ALL ORDER BY kernel, provider, baseline, sparsity, cutoff""",
     "curve": """
-SELECT provider, baseline, sparsity, speedup, speedup_low, speedup_high, limit_speedup, baseline_us, p50_us, d_model,
+SELECT provider, baseline, sparsity, speedup, speedup_low, speedup_high, byte_ratio, baseline_us, p50_us, d_model,
        d_ff, dtype, threads, timer, cache, device, cpu
 FROM speedup
-WHERE run_id = {run} AND kernel = 'ffn' AND variant IS NULL AND mask_source = 'random' AND num_tokens = 1
+WHERE run_id = {run} AND is_best AND kernel = 'ffn' AND variant IS NULL AND mask_source = 'random' AND num_tokens = 1
 ORDER BY provider, baseline, sparsity""",
     "decode": """
-SELECT s.provider, s.dtype, s.mask_source, s.cutoff, v.setting, s.sparsity, s.live_frac, s.p20_us, s.p50_us, s.p80_us,
-       s.num_reps, s.tokens_per_s, s.gbps, s.bandwidth_share, d.p50_us / s.p50_us AS over_own_dense,
-       h.p50_us / s.p50_us AS over_transformers, s.limit_speedup, t.recall, t.perplexity, t.perplexity_increase_pct,
-       s.rel_err, s.gate_passed, s.threads, s.timer, s.note
+SELECT s.provider, s.dtype, s.mask_source, s.cutoff, s.prompt_tokens, v.setting, s.sparsity, s.live_frac, s.p20_us,
+       s.p50_us, s.p80_us, s.num_reps, s.tokens_per_s, s.gbps, s.bandwidth_share, u.speedup, u.baseline, u.byte_ratio,
+       u.byte_ratio_note, u.above_byte_ratio, u.above_byte_ratio_note, t.recall, t.perplexity,
+       t.perplexity_increase_pct, s.rel_err, s.gate_passed, s.threads, s.timer, s.note
 FROM speed s JOIN run_artifacts r USING (artifact) LEFT JOIN variant_facts v USING (artifact, variant)
-LEFT JOIN speed d
-  ON d.artifact = s.artifact AND d.kernel = 'decode' AND d.provider = 'native_dense' AND d.gate_passed
-  AND row(d.variant, d.dtype, d.mask_source) IS NOT DISTINCT FROM row(s.variant, s.dtype, s.mask_source)
-LEFT JOIN speed h
-  ON h.artifact = s.artifact AND h.kernel = 'decode' AND h.provider = 'transformers_dense'
-  AND row(h.variant, h.dtype, h.mask_source) IS NOT DISTINCT FROM row(s.variant, s.dtype, s.mask_source)
+LEFT JOIN speedup u
+  ON u.artifact = s.artifact AND u.run_id = r.run_id AND u.is_best AND u.kernel = 'decode'
+  AND row(u.variant, u.provider, u.dtype, u.mask_source, u.sparsity, u.cutoff, u.prompt_tokens, u.threads)
+    IS NOT DISTINCT FROM
+      row(s.variant, s.provider, s.dtype, s.mask_source, s.sparsity, s.cutoff, s.prompt_tokens, s.threads)
 LEFT JOIN decode_tradeoff t
   ON t.artifact = s.artifact AND t.run_id = r.run_id AND t.variant = s.variant AND t.provider = s.provider
-  AND t.dtype = s.dtype AND t.cutoff IS NOT DISTINCT FROM s.cutoff AND s.mask_source = 'recorded'
+  AND t.dtype = s.dtype AND s.mask_source = 'recorded'
+  AND row(t.cutoff, t.prompt_tokens) IS NOT DISTINCT FROM row(s.cutoff, s.prompt_tokens)
 WHERE r.run_id = {run} AND s.kernel = 'decode'
-ORDER BY s.mask_source IS NULL, s.mask_source = 'raised', s.dtype DESC, s.provider <> 'transformers_dense', s.cutoff
-         NULLS FIRST, s.p50_us DESC""",
+ORDER BY s.prompt_tokens, s.mask_source IS NULL, s.mask_source = 'raised', s.dtype DESC,
+         s.provider <> 'transformers_dense', s.cutoff NULLS FIRST, s.p50_us DESC""",
     "refused": """
 SELECT s.kernel, s.provider, v.setting, avg(s.sparsity) AS sparsity, max(s.rel_err) AS rel_err,
        count(*) AS num_timings, count(s.gate_passed) AS num_checked, any_value(s.note) AS note,
-       s.d_model, s.d_ff, s.num_tokens, s.dtype, s.mask_source, s.threads, s.timer, s.cache, s.device, s.cpu,
-       s.cutoff
+       s.d_model, s.d_ff, s.num_tokens, s.prompt_tokens, s.dtype, s.mask_source, s.threads, s.timer, s.cache,
+       s.device, s.cpu, s.cutoff
 FROM speed s JOIN run_artifacts r USING (artifact) LEFT JOIN variant_facts v USING (artifact, variant)
 WHERE r.run_id = {run} AND s.gate_passed IS NOT TRUE AND NOT is_baseline(s.provider)
 GROUP BY ALL ORDER BY s.kernel, s.provider""",
     "timings": """
 SELECT s.kernel, s.provider, v.setting, s.sparsity, s.p20_us, s.p50_us, s.p80_us, s.num_reps, s.tokens_per_s, s.gbps,
-       s.rel_err, s.gate_passed, s.limit_speedup, s.d_model, s.d_ff, s.num_tokens, s.dtype, s.mask_source, s.layer,
+       s.rel_err, s.gate_passed, s.d_model, s.d_ff, s.num_tokens, s.prompt_tokens, s.dtype, s.mask_source, s.layer,
        s.threads, s.timer, s.cache, s.device, s.cpu, s.note, s.cutoff, s.live_frac, s.bandwidth_share
 FROM speed s JOIN run_artifacts r USING (artifact) LEFT JOIN variant_facts v USING (artifact, variant)
 WHERE r.run_id = {run} ORDER BY ALL""",

@@ -19,7 +19,7 @@ from prosparse_core.report.plot_speed import speed
 from prosparse_core.report.plot_survivors import survivors
 from prosparse_core.report.plot_tradeoff import tradeoff
 from prosparse_core.report.plot_training import training
-from prosparse_core.report.speed_rows import OWN, baseline_name, provider_name, why_refused
+from prosparse_core.report.speed_rows import baseline_name, marked, provider_name, why_refused
 
 PLOTS = (training, tradeoff, layers, survivors, predictor, speed, curve)
 OF_A_COMPARISON = (comparison, courses)
@@ -67,6 +67,7 @@ def render(data: ReportData) -> str:
         activations=tables_layers.activations(data),
         predictors=tables_run.predictors(data),
         speedups=tables_speed.speedups(data),
+        other_speedups=tables_speed.other_speedups(data),
         timings=tables_speed.timings(data),
         decoding=tables_speed.decoding(data),
         stages=tables_run.stages(data),
@@ -172,19 +173,20 @@ def _matched_tile(data: ReportData) -> Tile:
 
 
 def _speed_tile(data: ReportData) -> Tile:
-    rows = [r for r in data["speedups"] if r["kernel"] == "ffn" and is_number(r["speedup"])]
+    rows = [r for r in data["speedups"] if r["kernel"] == "ffn" and is_number(r["speedup"]) and r["is_best"]]
     rows = [r for r in rows if r["setting"]] or rows
     rows = [r for r in rows if r["mask_source"] == "recorded"] or rows
     rows = [r for r in rows if r["num_tokens"] == 1] or rows  # decoding one token, as the paper measures
-    rows.sort(key=lambda r: (r["baseline"] in OWN, -r["speedup"]))
+    rows.sort(key=lambda r: -r["speedup"])
     if not rows:
         why = data.why_missing("speed")
         refused = next((r for r in data["refused"] if r["kernel"] == "ffn"), None)
         return Tile("FFN speed-up", "n/a", why_refused(refused) if refused else why)
     best = rows[0]
     parts = [f"{provider_name(best['provider'])} over {baseline_name(best['baseline'])}, {best['dtype']}"]
-    parts += [f"limit {ratio(best['limit_speedup'])}"] if is_number(best["limit_speedup"]) else []
-    return Tile("as fast an FFN", ratio(best["speedup"]), ", ".join(parts))
+    parts += [f"byte ratio {ratio(best['byte_ratio'])}"] if is_number(best["byte_ratio"]) else []
+    parts += [best["above_byte_ratio_note"]] if best["above_byte_ratio"] else []
+    return Tile("as fast an FFN", marked(best), ", ".join(parts))
 
 
 def examples(data: ReportData) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The plot of the speed-ups: bars with their spread and the limit their sparsity sets, beside the conditions."""
+"""The plot of the speed-ups: bars with their spread and the ratio of bytes, beside the conditions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prosparse_core.report.speed_rows import (
     bars,
     baseline_name,
     kernel_name,
+    marked,
     own_conditions,
     provider_name,
     shared_conditions,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def speed(data: ReportData) -> Plot:
-    """Speed-up of every sparse kernel over each dense baseline, with its spread and its limit."""
+    """Speed-up of every sparse kernel over the best dense one of the run, with its spread and its byte ratio."""
     rows, more = bars(data)
     kernels = list(dict.fromkeys(r["kernel"] for r in rows))
 
@@ -38,7 +39,7 @@ def speed(data: ReportData) -> Plot:
         ax.spines["left"].set_visible(False)
         ax.set_yticks([])
         ax.grid(axis="x")
-        ax.set_xlabel("times as fast as the baseline")
+        ax.set_xlabel("times as fast as the best dense kernel of the run")
         ax.axvline(1, color=INK, linewidth=1.2)
         ax.annotate(
             "1 = baseline",
@@ -65,10 +66,16 @@ def speed(data: ReportData) -> Plot:
     zeros = " to ".join(dict.fromkeys(pct(f(sparsities)) for f in (min, max))) if sparsities else NA
     aid = (
         "A bar is the ratio of median times, its whisker is the 20th percentile of the baseline over the 80th of "
-        "the kernel up to the reverse, and the diamond (an arrow where it lies beyond the axis) is what the sparsity "
-        "alone allows, if time went by the weights read: a bar beyond it also reads them faster than its baseline."
+        "the kernel up to the reverse, and the diamond (an arrow where it lies beyond the axis) is the byte ratio: "
+        "bytes the dense kernel reads over bytes this one reads. It bounds nothing: a bar beyond it, marked !, also "
+        "reads them faster than its baseline. It is left out where the weights fit into the cache."
     )
     remarks = [f"Conditions: {conditions}; zeros in the mask: {zeros}."] if rows else []
+    remarks += [
+        f"! {kernel_name(r['kernel'])}, {_against(r)}: {r['above_byte_ratio_note']}."
+        for r in rows
+        if r["state"] == "passed" and r["above_byte_ratio"]
+    ]
     if more > 0:
         remarks.append(f"{more} more comparisons are in the table below or in the ledger.")
     return Plot(
@@ -97,11 +104,11 @@ def _against(row: Record) -> str:
 
 
 def _reach(rows: list[Record]) -> float:
-    """The end of the axis: room for the longest whisker, and for limits as far as they do not dwarf the bars."""
+    """The end of the axis: room for the longest whisker, and for byte ratios as far as they do not dwarf the bars."""
     tops = [r["speedup_high"] or r["speedup"] for r in rows if r["state"] == "passed"]
     top = max([*tops, 1.25])
-    limits = [r["limit_speedup"] for r in rows if r["state"] == "passed" and is_number(r["limit_speedup"])]
-    return max([top * 1.05, *(1.05 * limit for limit in limits if limit <= 2 * top)])
+    ratios = [r["byte_ratio"] for r in rows if r["state"] == "passed" and is_number(r["byte_ratio"])]
+    return max([top * 1.05, *(1.05 * r for r in ratios if r <= 2 * top)])
 
 
 def _text(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
@@ -120,12 +127,19 @@ def _bar(ax: Axes, y: float, row: Record) -> None:
         ax.plot([low, high], [y, y], color=PAPER, linewidth=3.6)
         ax.plot([low, high], [y, y], color=INK, linewidth=1.3, marker="|", markersize=7, markeredgewidth=1.3)
     reach = ax.get_xlim()[1]
-    limit = row["limit_speedup"]
-    if is_number(limit) and limit <= reach:
+    of_bytes = row["byte_ratio"]
+    if is_number(of_bytes) and of_bytes <= reach:
         ax.plot(
-            [limit], [y], marker="D", markersize=7, color=SERIES[1], markeredgecolor=GRID, markeredgewidth=0.8, zorder=5
+            [of_bytes],
+            [y],
+            marker="D",
+            markersize=7,
+            color=SERIES[1],
+            markeredgecolor=GRID,
+            markeredgewidth=0.8,
+            zorder=5,
         )
-    elif is_number(limit):
+    elif is_number(of_bytes):
         ax.annotate(
             "",
             (reach, y),
@@ -135,13 +149,13 @@ def _bar(ax: Axes, y: float, row: Record) -> None:
 
 
 def _label(ax: Axes, y: float, row: Record, name: str) -> None:
-    """The line above a bar: its value, what is compared with what, and at the far end its limit."""
-    value = ratio(row["speedup"]) if row["state"] == "passed" else ""
-    limit = f"limit {ratio(row['limit_speedup'])}" if value and is_number(row["limit_speedup"]) else ""
-    start, room = 7.6 * len(value) + (6 if value else 0), ax.bbox.width - 6.6 * len(limit)
+    """The line above a bar: its value, what is compared with what, and at the far end its byte ratio."""
+    value = marked(row) if row["state"] == "passed" else ""
+    of_bytes = f"byte ratio {ratio(row['byte_ratio'])}" if value and is_number(row["byte_ratio"]) else ""
+    start, room = 7.6 * len(value) + (6 if value else 0), ax.bbox.width - 6.6 * len(of_bytes)
     behind = {"facecolor": PAPER, "linewidth": 0, "pad": 1.0}
     _text(ax, 0, y, value, fontweight="bold")
-    for text, x, side in ((clip(name, int((room - start) / 6.4)), start, "left"), (limit, ax.bbox.width, "right")):
+    for text, x, side in ((clip(name, int((room - start) / 6.4)), start, "left"), (of_bytes, ax.bbox.width, "right")):
         ax.annotate(
             text,
             (0, y),
@@ -160,8 +174,8 @@ def _alt(rows: list[Record]) -> str:
     parts = []
     for row in rows:
         if row["state"] == "passed":
-            limit = f", limit {ratio(row['limit_speedup'])}" if is_number(row["limit_speedup"]) else ""
-            parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {ratio(row['speedup'])}{limit}")
+            of_bytes = f", byte ratio {ratio(row['byte_ratio'])}" if is_number(row["byte_ratio"]) else ""
+            parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: {marked(row)}{of_bytes}")
         else:
             parts.append(f"{kernel_name(row['kernel'])}, {_against(row)}: no speed-up, {why_refused(row)}")
     return "Bar chart. " + "; ".join(parts) + "." if parts else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prosparse_core.report.data import Record, ReportData
-from prosparse_core.report.format import is_number, number, pct
+from prosparse_core.report.format import is_number, number, pct, ratio
 
 KERNELS = {
     "gate": ("gate", "which neurons are active"),
@@ -32,10 +32,12 @@ PROVIDERS = {
 }
 OWN = ("native_dense", "dense")
 """Baselines of our own: what skipping gains by itself, apart from better code."""
+ABOVE = "\u202f!"
 MOST_BARS = 24
 CONDITIONS = {
     "dtype": "{}",
     "num_tokens": "{} at once",
+    "prompt_tokens": "after {}",
     "d_model": "d_model {}",
     "d_ff": "d_ff {}",
     "mask_source": "{} mask",
@@ -58,7 +60,7 @@ def in_order(rows: list[Record]) -> list[Record]:
     order = [*MAIN, *sorted({r["kernel"] for r in rows} - set(MAIN))]
     known = list(BASELINES)
 
-    def place(row: Record) -> tuple[int, bool, str, int, float]:
+    def place(row: Record) -> tuple[int, bool, str, int, float, int]:
         baseline = row.get("baseline")
         return (
             order.index(row["kernel"]),
@@ -66,6 +68,7 @@ def in_order(rows: list[Record]) -> list[Record]:
             row["provider"],
             known.index(baseline) if baseline in known else len(known),
             row["sparsity"] or 0.0,
+            row["prompt_tokens"] or 0,
         )
 
     return sorted(rows, key=place)
@@ -81,8 +84,8 @@ def provider_name(provider: str) -> str:
 
 def condition(column: str, value: Any) -> str:
     """One condition in words."""
-    if column in ("num_tokens", "threads"):
-        noun = "token" if column == "num_tokens" else "thread"
+    if column in ("num_tokens", "prompt_tokens", "threads"):
+        noun = "thread" if column == "threads" else "token"
         value = f"{value} {noun}{'' if value == 1 else 's'}"
     return CONDITIONS[column].format(str(value).replace("_", " ") if column in ("timer", "cache") else value)
 
@@ -120,19 +123,21 @@ def own_conditions(row: Record, rows: list[Record]) -> list[str]:
 def bars(data: ReportData) -> tuple[list[Record], int]:
     """What is drawn, in order, and how many more rows there are.
 
-    The model's own masks rather than random ones, S2, S3, FFN and decode, and what computes the same as the baseline,
-    where there are such rows. ``state`` is passed or refused.
+    Over the best dense kernel alone; the model's own masks rather than random ones, S2, S3, FFN and decode, what
+    computes the same as the baseline, and the shortest prompts, where there are such rows. ``state`` is passed or
+    refused.
     """
     rows = [
-        *({**r, "state": "passed"} for r in data["speedups"] if is_number(r["speedup"])),
+        *({**r, "state": "passed"} for r in data["speedups"] if is_number(r["speedup"]) and r["is_best"]),
         *({**r, "state": "refused"} for r in data["refused"]),
     ]
-    chosen = rows
+    chosen, shortest = rows, min((r["prompt_tokens"] for r in rows if r["prompt_tokens"]), default=None)
     for is_wanted in (
         lambda r: r["setting"] is not None,
         lambda r: r["mask_source"] == "recorded",
         lambda r: r["kernel"] in MAIN,
         lambda r: r["cutoff"] is None,
+        lambda r: r["prompt_tokens"] in (None, shortest),
     ):
         chosen = [r for r in chosen if is_wanted(r)] or chosen
     return in_order(chosen)[:MOST_BARS], len(rows) - min(len(chosen), MOST_BARS)
@@ -143,3 +148,8 @@ def why_refused(row: Record) -> str:
     error = f" (relative error {number(row['rel_err'], 2)})" if is_number(row["rel_err"]) else ""
     said = row["note"] or ("failed its correctness check" if row["num_checked"] else "was not checked for correctness")
     return f"{said}{error}"
+
+
+def marked(row: Record) -> str:
+    """A speed-up, with a mark where it is above the byte ratio."""
+    return ratio(row["speedup"]) + (ABOVE if row["above_byte_ratio"] else "")

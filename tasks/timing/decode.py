@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tasks.timing.native_decode import native_model
+from tasks.timing.thresholds import SwitchedThresholds
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,7 @@ TYPICAL_TOLERANCE = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1}
 activation jumps, and rounding flips a neuron now and then, in transformers too: a few per cent of a token's logits."""
 ANY_TOLERANCE = 0.25
 """Of every single token."""
+BETWEEN_ROUNDS = 4
 CHECK_TOKENS = 4
 """Tokens of a prompt on which a way is compared with its reference before it is timed."""
 RECORDED, RAISED = "recorded", "raised"
@@ -78,7 +80,7 @@ class Peers:
     source: Input = "post_norm"
     cutoffs: Sequence[float] = ()
     others: Sequence[Way] = ()
-    """Ways of other weights or programs; their logits are their own."""
+    """Ways of other weights or programs; their logits are their own. They are copied: those given measure nothing."""
 
 
 def time_ways(
@@ -91,19 +93,31 @@ def time_ways(
     threads: int,
     budget_s: float,
     progress: Report | None = None,
+    packed: Sequence[DecoderModel] | None = None,
+    once: bool = False,
+    between: Callable[[], None] | None = None,
 ) -> list[Way]:
     """Decode prompts [1, n], all ways in turns, until the budget is used and ``MIN_ROUNDS`` are made.
 
     One thread is timed by the CPU time of the process, several by the wall clock. The model runs ``thresholds`` (zeros
     for ReLU, or for SiLU, which has the dense ways only).
 
+    Args:
+        packed: the weights as :func:`pack_models` makes them, for several calls.
+        once: the prompts are long: each is read once, by transformers, whose keys and values all others go on from, and
+            decoded from once. Reading it is not in the budget.
+        between: called between rounds, every ``BETWEEN_ROUNDS``.
+
     Raises:
         BadInput, EnvironmentProblem: the native decoder cannot take the model; see :mod:`tasks.timing.native_decode`.
     """
     began, rounds = time.monotonic(), 0
-    with _Field(model, thresholds, peers, max(p.shape[1] for p in prompts) + num_new, threads) as found:
-        for prompt in itertools.cycle(prompts):
+    capacity = max(p.shape[1] for p in prompts) + num_new
+    packed = pack_models(model, peers, capacity) if packed is None else packed
+    with _Field(model, thresholds, peers, packed, capacity, threads, once) as found:
+        for prompt in prompts if once else itertools.cycle(prompts):
             found.start(prompt)
+            began = time.monotonic() if once and not rounds else began
             for _ in range(num_new):
                 if rounds >= MIN_ROUNDS and time.monotonic() - began > budget_s:
                     return found.finish()
@@ -111,25 +125,43 @@ def time_ways(
                 rounds += 1
                 if progress:
                     progress(min(time.monotonic() - began, budget_s), budget_s)
-    raise AssertionError("unreachable: there is a prompt")
+                if between and rounds % BETWEEN_ROUNDS == 0:
+                    between()
+        return found.finish()
+
+
+def pack_models(model: nn.Module, peers: Peers, capacity: int) -> list[DecoderModel]:
+    """The weights for native decoders of up to ``capacity`` positions: in float32, and in 16 bits where asked for.
+
+    Raises:
+        BadInput, EnvironmentProblem: see :func:`tasks.timing.native_decode.native_model`.
+    """
+    import torch
+
+    settings: dict[str, Any] = {"capacity": capacity, "source": peers.source}
+    packed = [native_model(model, dtype=torch.float32, predictors=peers.predictors, **settings)]
+    return packed + ([] if peers.sixteen is None else [native_model(model, dtype=peers.sixteen, **settings)])
 
 
 class _Field:
     """Everything that decodes, in step. A context manager: leaving it gives the model its activations back."""
 
     def __init__(
-        self, model: nn.Module, thresholds: Sequence[float], peers: Peers, capacity: int, threads: int
+        self,
+        model: nn.Module,
+        thresholds: Sequence[float],
+        peers: Peers,
+        packed: Sequence[DecoderModel],
+        capacity: int,
+        threads: int,
+        once: bool,
     ) -> None:
-        import torch
-
+        self._capacity, self._once = capacity, once
+        self._caches: dict[tuple[str, str | None, bool], Decoder] = {}
         self._model, self._thresholds, self._peers, self._threads = model, thresholds, peers, threads
         self._timer: Any = "process_cpu" if threads == 1 else "wall"
         self._clock = time.process_time if threads == 1 else time.perf_counter
-        settings: dict[str, Any] = {"capacity": capacity, "predictors": peers.predictors, "source": peers.source}
-        packed = [native_model(model, dtype=torch.float32, **settings)]
-        if peers.sixteen is not None:
-            packed.append(native_model(model, dtype=peers.sixteen, **{**settings, "predictors": ()}))
-        self._switch = None if packed[0].activation == "silu" else _Thresholds(model)
+        self._switch = None if packed[0].activation == "silu" else SwitchedThresholds(model)
         self._reference = Way("transformers_dense", "float32", RECORDED, self._step_reference)
         self.ways = [self._reference]
         if peers.raised is not None:
@@ -139,7 +171,9 @@ class _Field:
             if peers.raised is not None:
                 self.ways += self._native(one, RAISED, peers.raised)
         self.ways += self._predicted(packed[0])
-        self.ways += peers.others
+        self.ways += [
+            Way(w.provider, w.dtype, w.mask_source, w.step, w.begin, w.decoder, note=w.note) for w in peers.others
+        ]
 
     def __enter__(self) -> _Field:
         return self
@@ -165,8 +199,13 @@ class _Field:
     def _way(self, provider: str, packed: DecoderModel, mask_source: str, **settings: Any) -> Way:
         from kernels.decoder import Decoder
 
-        decoder = Decoder(packed, num_threads=self._threads, **settings)
         dtype = str(packed.dtype).removeprefix("torch.")
+        # Long caches are dear: ways that compute the same bits, and predictors, whose logits nothing is held against
+        # by then, write one in turns.
+        key = (dtype, mask_source, "cutoffs" in settings)
+        shared = self._caches.get(key) if self._once else None
+        decoder = Decoder(packed, num_threads=self._threads, capacity=self._capacity, cache_of=shared, **settings)
+        self._caches.setdefault(key, decoder)
         return Way(provider, dtype, mask_source, lambda token: decoder.feed((token,)), decoder=decoder)
 
     def start(self, prompt: Tensor) -> None:
@@ -177,7 +216,8 @@ class _Field:
         self._chosen = GreedyDecoder(self._model, prompt, self._timer)
         if self._peers.raised is not None:
             self._use(self._peers.raised)
-            self._other = GreedyDecoder(self._model, prompt, self._timer)
+            self._other = self._chosen.fork() if self._once else GreedyDecoder(self._model, prompt, self._timer)
+        handed = self._chosen.keys_and_values() if self._once else None
         read: dict[str, Decoder] = {}
         for way in self.ways:
             if way.begin is not None:
@@ -191,7 +231,9 @@ class _Field:
                 elif (way.provider, way.dtype, way.mask_source) == ("native_dense", "float32", RECORDED):
                     self._check_without_jumps(way, first)
             way.decoder.rewind()
-            if way.dtype in read:
+            if handed is not None:
+                way.decoder.fill_cache(*handed)
+            elif way.dtype in read:
                 way.decoder.copy_cache(read[way.dtype])
             else:
                 way.decoder.feed(prompt[0].tolist())
@@ -304,59 +346,7 @@ class _Field:
             self._switch(thresholds)
 
 
-class _Thresholds:
-    """Gives a model FATReLU whose thresholds can be set; at 0 that is ReLU."""
-
-    def __init__(self, model: nn.Module) -> None:
-        from prosparse_core.decode import ffn_thresholds
-        from prosparse_core.families import find_ffns
-        from prosparse_core.substitute import use_thresholds
-
-        self._ffns = find_ffns(model)
-        self._original = [ffn.activation for ffn in self._ffns]
-        use_thresholds(model, ffn_thresholds(model))
-        self._activations: list[Any] = [ffn.activation for ffn in self._ffns]
-
-    def __call__(self, thresholds: Sequence[float]) -> None:
-        for activation, threshold in zip(self._activations, thresholds, strict=True):
-            activation.threshold = threshold
-
-    def undo(self) -> None:
-        for ffn, activation in zip(self._ffns, self._original, strict=True):
-            ffn.swap_activation(activation)
-
-
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Norm of the difference over norm of the truth."""
     scale = float(truth.double().norm())
     return float((found.double() - truth.double()).norm()) / (scale or 1.0)
-
-
-def raised_thresholds(model: nn.Module, thresholds: Sequence[float], tokens: Tensor, sparsity: float) -> list[float]:
-    """Thresholds that let at most ``1 - sparsity`` of the gates of each layer live on ``tokens`` [1, n], none lowered.
-
-    One forward pass, layer by layer: each is raised on what the layers before it leave.
-    """
-    import torch
-
-    from prosparse_core.families import find_ffns
-
-    raised = list(thresholds)
-
-    def raise_layer(layer: int, gate: Tensor) -> Tensor:
-        ordered = gate.float().flatten().sort().values
-        at = min(round(sparsity * len(ordered)), len(ordered) - 1)
-        raised[layer] = max(raised[layer], float(ordered[at]))
-        return torch.where(gate >= raised[layer], gate, torch.zeros_like(gate)) if raised[layer] > 0 else gate
-
-    handles = [
-        ffn.first.register_forward_hook(lambda _, __, out, layer=ffn.layer: raise_layer(layer, out))
-        for ffn in find_ffns(model)
-    ]
-    try:
-        with torch.inference_mode():
-            model(input_ids=tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return raised

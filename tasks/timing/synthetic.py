@@ -10,7 +10,7 @@ from prosparse_core.store import Artifact
 from tasks.step import Run, Work, provenance
 from tasks.timing.facts import Reporter
 
-VERSION = 2
+VERSION = 3
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MAX_WIDTH = 1 << 20
 
@@ -93,6 +93,7 @@ def _build(work: Work, run: Run, synthetic: Synthetic) -> None:
             threads=section.threads,
             budget_s=section.budget_s,
             progress=report.part("kernels", 0.0, 1.0),
+            ceiling=report.ceiling,
         )
     report.kernels(rows, is_synthetic=True)
     report.finish()

@@ -44,18 +44,40 @@ def test_every_kernel_and_provider_has_a_row_that_passed_the_gate(native, dtype,
         assert (row.dtype, row.mask_source) == (str(dtype).removeprefix("torch."), "random")
         assert row.timer == ("process_cpu" if threads == 1 else "wall")
         assert row.sparsity == pytest.approx(0.75, abs=0.01)
-        assert (row.limit_speedup is None) == (row.provider in ("torch", "native_dense"))
+        assert (row.byte_ratio is None) == (row.provider in ("torch", "native_dense"))
+        assert row.weights_bytes > row.cache_bytes == 64 << 10
 
 
-def test_bytes_and_limits_by_hand(native):
+def test_bytes_say_nothing_of_weights_that_the_cache_holds(native, monkeypatch):
+    for module in (bench, measure):
+        monkeypatch.setattr(module, "last_level_cache_bytes", lambda: 32 << 20)
+    monkeypatch.setattr(measure, "MAX_SWEEP_BYTES", 1 << 20)
+    for row in run(layers=1):
+        assert row.byte_ratio is None
+        assert row.weights_bytes == bench.MAX_COPIES * 3 * 4 * D * F < row.cache_bytes == 32 << 20
+        said = "n/a: the weights, 4.5 MiB, fit into the last-level cache of 32 MiB"
+        assert row.byte_ratio_note == (None if row.provider in ("torch", "native_dense") else said)
+
+
+def test_memory_is_read_between_the_rounds(native):
+    probes = []
+
+    class Ceiling:
+        probe = staticmethod(lambda: probes.append(1))
+
+    rows = run(layers=1, ceiling=Ceiling())
+    assert len(probes) == rows[0].num_reps == 4
+
+
+def test_bytes_and_their_ratio_by_hand(native):
     rows = {(row.kernel, row.provider): row for row in run(sparsity=0.75, layers=1)}
     live = 1.0 - rows["s2", "native"].sparsity
     matrix = 4 * D * F
     s2, ffn = 4 * (D + 2 * F), 4 * 2 * D
-    assert rows["gate", "native"].limit_speedup == 1.0
-    assert rows["s2", "native"].limit_speedup == pytest.approx((matrix + s2) / (live * matrix + s2))
-    assert rows["ffn", "native"].limit_speedup == pytest.approx((3 * matrix + ffn) / ((1 + 2 * live) * matrix + ffn))
-    screened = rows["ffn", "certified"].limit_speedup
+    assert rows["gate", "native"].byte_ratio == 1.0
+    assert rows["s2", "native"].byte_ratio == pytest.approx((matrix + s2) / (live * matrix + s2))
+    assert rows["ffn", "native"].byte_ratio == pytest.approx((3 * matrix + ffn) / ((1 + 2 * live) * matrix + ffn))
+    screened = rows["ffn", "certified"].byte_ratio
     assert screened == pytest.approx((3 * matrix + ffn) / ((1 / 4 + 3 * live) * matrix + ffn))
     dense = rows["ffn", "torch"]
     assert dense.gbps == pytest.approx((3 * matrix + ffn) / (dense.p50_us * 1e3))
@@ -66,7 +88,7 @@ def test_several_tokens_a_call_count_the_neurons_live_for_any_of_them(native):
     assert all(row.gate_passed and row.num_tokens == 3 for row in three.values())
     assert ("ffn", "certified") not in three, "several tokens are not screened"
     assert three["s2", "native"].sparsity == pytest.approx(one["s2", "native"].sparsity)
-    assert three["s2", "native"].limit_speedup < one["s2", "native"].limit_speedup
+    assert three["s2", "native"].byte_ratio < one["s2", "native"].byte_ratio
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from kernels import bench_gpu
 from kernels.bench_gpu_case import DTYPES, TritonProvider, bench_case, tolerance
 from kernels.bench_gpu_timing import WARM_UPS, is_cold, measure, num_copies, percentile
+from kernels.gpu_peak import peak_of
 from kernels.providers import DenseTorch
 from kernels.roofline import GPUS, Shape, predict
 
@@ -188,11 +191,11 @@ def test_predictions_are_a_list_of_their_own(timed):
         timed, "cpu", d_model=32, d_ff=96, dtype="fp32", sparsity=0.5, num_tokens=1, rounds=1, memory_bytes=1e9,
         make=lambda weights, threshold: {"torch": DenseTorch(weights, threshold)},
     )  # fmt: skip
-    found = bench_gpu.predictions(rows, "NVIDIA A100-SXM4-80GB")
+    found = bench_gpu.predictions(rows, GPUS[0])
     assert [row["kind"] for row in found] == ["predicted"] * 3
     expected = predict(GPUS[0], Shape("", 32, 96), "s2", None, dtype="fp32")
     assert found[0]["predicted_us"] == expected.predicted_us
-    assert bench_gpu.predictions(rows, "NVIDIA L4") == []
+    assert bench_gpu.predictions(rows, None) == []
 
 
 def test_a_kernel_that_does_nothing_is_the_floor(timed):
@@ -231,7 +234,8 @@ def test_bad_arguments_are_refused_before_anything_else(arguments, message, caps
 
 def test_a_whole_run_on_a_made_up_gpu(monkeypatch, capsys, tmp_path, timed):
     monkeypatch.setattr(bench_gpu.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench_gpu.torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(bench_gpu.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(bench_gpu.torch.cuda, "get_device_properties", lambda device: card(*CARDS["H100 PCIe"][0]))
     monkeypatch.setattr(bench_gpu.torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(bench_gpu.torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
     monkeypatch.setattr(bench_gpu, "CudaDevice", lambda: timed)
@@ -246,9 +250,68 @@ def test_a_whole_run_on_a_made_up_gpu(monkeypatch, capsys, tmp_path, timed):
     assert answer["kind"] == "measured"
     assert len(answer["rows"]) == 2 * (9 + 3)
     assert answer["rows"][0]["p50_us"] > 0
-    assert {row["gpu"] for row in answer["predicted"]} == {"H100-80G"}
+    assert {row["gpu"] for row in answer["predicted"]} == {answer["gpu"]} == {"NVIDIA H100 PCIe"}
+    assert answer["peak"]["bandwidth_gbps"] == pytest.approx(2039, rel=1e-3)
+    timed_row = next(row for row in answer["rows"] if row["gbps"])
+    assert timed_row["peak_share"] == pytest.approx(timed_row["gbps"] / answer["peak"]["bandwidth_gbps"])
     assert bench_gpu.main([*arguments, "--output", str(tmp_path / "out.json")]) == 1
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 24
+
+
+CARDS = {  # (name, capability, GiB, memory MHz, bus, multiprocessors, MHz), TB/s of the data sheet, float32 TFLOP/s
+    "H100 SXM": (("NVIDIA H100 80GB HBM3", (9, 0), 80, 2619, 5120, 132, 1980), 3.35, 67),
+    "H100 PCIe": (("NVIDIA H100 PCIe", (9, 0), 80, 1593, 5120, 114, 1755), 2.04, 51),
+    "H100 NVL": (("NVIDIA H100 NVL", (9, 0), 94, 2619, 6016, 132, 1785), 3.94, 60),
+    "A100 40 GB": (("NVIDIA A100-SXM4-40GB", (8, 0), 40, 1215, 5120, 108, 1410), 1.555, 19.5),
+    "A100 80 GB": (("NVIDIA A100-SXM4-80GB", (8, 0), 80, 1593, 5120, 108, 1410), 2.039, 19.5),
+    "H200": (("NVIDIA H200", (9, 0), 141, 3201, 6144, 132, 1980), 4.9, 67),
+}
+
+
+def card(name, capability, gib, memory_mhz, bus, units, mhz, **changes):
+    said = {
+        "name": name, "major": capability[0], "minor": capability[1], "total_memory": gib << 30,
+        "memory_clock_rate": 1000 * memory_mhz, "memory_bus_width": bus, "multi_processor_count": units,
+        "clock_rate": 1000 * mhz,
+    }  # fmt: skip
+    return SimpleNamespace(**{**said, **changes})
+
+
+@pytest.mark.parametrize("model", CARDS)
+def test_the_peaks_are_those_of_the_very_card(model):
+    properties, tbps, tflops = CARDS[model]
+    peak = peak_of(card(*properties))
+    assert peak.reason is None
+    assert peak.bandwidth_gbps == pytest.approx(1000 * tbps, rel=0.01)
+    assert (peak.name, peak.memory_bytes, peak.bus_bits) == (properties[0], properties[2] << 30, properties[4])
+    assert peak.gpu is not None
+    assert peak.gpu.bandwidth_tbps == peak.bandwidth_gbps / 1e3
+    assert peak.gpu.fp32_tflops == pytest.approx(tflops, rel=0.02)
+
+
+def test_cards_of_one_name_have_peaks_of_their_own():
+    rates = {model: peak_of(card(*properties)).bandwidth_gbps for model, (properties, *_) in CARDS.items()}
+    assert len(set(rates.values())) == len(rates) - 1, "only the H100 PCIe and the A100 80 GB read equally fast"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"memory_clock_rate": 0}, "the memory clock of NVIDIA H100 80GB HBM3 is not known"),
+        ({"memory_bus_width": None, "memory_clock_rate": None}, "memory clock, memory bus width of .* are not known"),
+        ({"major": 8, "minor": 9}, "arithmetic of compute capability 8.9"),
+        ({"clock_rate": 0}, "number and clock of its multiprocessors"),
+    ],
+)
+def test_what_a_card_does_not_say_is_not_made_up(changes, said):
+    peak = peak_of(card(*CARDS["H100 SXM"][0], **changes))
+    assert peak.gpu is None
+    assert re.search(f"^n/a: .*{said}", str(peak.reason))
+    is_known = changes.get("memory_clock_rate", 1) and changes.get("memory_bus_width", 1)
+    assert (peak.bandwidth_gbps is not None) == bool(is_known)
+    old = peak_of(SimpleNamespace(name="some card", major=8, minor=0, total_memory=1 << 30))
+    assert old.bandwidth_gbps is None
+    assert "memory clock, memory bus width, number and clock" in str(old.reason)
 
 
 SCRIPT = """

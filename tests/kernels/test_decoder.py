@@ -138,6 +138,28 @@ def test_no_bit_depends_on_threads_blocks_or_skipping(name, dtype, num_threads, 
     assert torch.equal(other.feed(text[20:]), one_by_one[-1])
 
 
+def test_a_prompt_that_something_else_has_read():
+    model, text = DecoderModel(random_weights()), tokens(12)
+    alone = Decoder(model, capacity=12)
+    alone.feed(text[:9])
+    keys, values = ([part[:, :9].clone() for part in side] for side in alone._cache)
+    truth = [alone.feed((token,)) for token in text[9:]]
+    dense, exact = (Decoder(model, ffn=ffn, capacity=20) for ffn in ("dense", "exact"))
+    sharing = Decoder(model, ffn="certified", capacity=20, cache_of=exact)
+    for decoder in (dense, exact, sharing):
+        decoder.fill_cache(keys, values)
+    for place, token in enumerate(text[9:]):  # in turns, two of them in one cache
+        for decoder in (dense, exact, sharing):
+            assert torch.equal(decoder.feed((token,)), truth[place])
+    with pytest.raises(ValueError, match="one model and one capacity"):
+        Decoder(model, capacity=21, cache_of=exact)
+    with pytest.raises(ValueError, match="do not fit into a cache of 8"):
+        Decoder(model, capacity=8).fill_cache(keys, values)
+    for wrong in ((keys[:1], values[:1]), (keys, values[:1]), ([k[:1] for k in keys], values)):
+        with pytest.raises(ValueError, match="one a layer"):
+            exact.fill_cache(*wrong)
+
+
 @pytest.mark.parametrize("pre_norm", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_predicted_neurons_alone_are_computed(error, dtype, pre_norm):

@@ -223,7 +223,7 @@ def speed_facts(variant: Fact) -> list[Fact]:
         "host": "bench",
         "cpu": "Test CPU",
         "device": "cpu",
-        "limit_speedup": 5.5,
+        "byte_ratio": 5.5,
     }
     times = {
         "torch": (190.0, 200.0, 210.0),

@@ -377,7 +377,7 @@ class Scribe:
             **{"sparsity": 0.893, "mask_source": "recorded", "timer": "wall", "num_reps": 400, "gate_passed": passed},
             **{
                 "rel_err": 2e-7 if passed else 3e-2,
-                "limit_speedup": limit,
+                "byte_ratio": limit,
                 "note": None if passed else "failed the gate",
             },
             **shape,

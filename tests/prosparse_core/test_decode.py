@@ -7,7 +7,7 @@ import torch
 from models import tiny, tokens
 from torch import nn
 
-from prosparse_core.decode import ExchangedFFNs, GreedyDecoder, decode_speedup_limit, ffn_thresholds
+from prosparse_core.decode import ExchangedFFNs, GreedyDecoder, decode_bytes, ffn_thresholds
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FFN, find_ffns
 from prosparse_core.substitute import use_relu, use_thresholds
@@ -97,5 +97,23 @@ def test_the_limit_by_hand(tied: bool) -> None:
     # q and o [32, 32], k and v [16, 32], three of [53, 32], two norms, and at the end one norm and the output layer
     attention = 2 * 32 * 32 + 2 * 16 * 32
     read = 3 * (attention + 3 * 53 * 32 + 2 * 32) + 32 + 96 * 32
-    assert decode_speedup_limit(model, 0.75) == pytest.approx(read / (read - 0.75 * 3 * 2 * 53 * 32), rel=1e-12)
-    assert decode_speedup_limit(model, 0.0) == 1.0
+    assert decode_bytes(model, 0.75) == pytest.approx(4 * (read - 0.75 * 3 * 2 * 53 * 32), rel=1e-12)
+    assert decode_bytes(model) == 4 * read
+
+
+def test_a_fork_goes_on_by_itself_and_hands_its_keys_and_values_over() -> None:
+    model, x = tiny(), tokens()
+    first = GreedyDecoder(model, x[:1], "wall")
+    other = first.fork()
+    for _ in range(3):
+        first.step()
+    found = first.keys_and_values()
+    assert found is not None
+    assert {part.shape[1] for side in found for part in side} == {x.shape[1] + 3}
+    assert [len(side) for side in found] == [3, 3], "one a layer"
+    for _ in range(3):
+        other.step()
+    assert other.tokens == first.tokens
+    assert torch.equal(other.logits, first.logits)
+    first._length += 1  # as of a window that forgets
+    assert first.keys_and_values() is None

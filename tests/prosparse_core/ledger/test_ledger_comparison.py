@@ -288,3 +288,23 @@ def test_an_older_ledger_gets_the_views_before_it_is_asked(tmp_path: Path, monke
     current = ledger.path.stat().st_ino
     ledger.bring_up_to_date()
     assert ledger.path.stat().st_ino == current, "a current one is not even published anew"
+
+
+def test_a_column_that_was_renamed_is_carried_over_and_read_from_older_artifacts(tmp_path: Path) -> None:
+    """Ledgers and facts of before say limit_speedup where byte_ratio is meant."""
+    import duckdb
+
+    ledger = Ledger(tmp_path)
+    kernel = {"table": "speed", "kernel": "s2", "provider": "native", "dtype": "fp32", "timer": "wall"}
+    made = make_artifact(tmp_path, "speed", "old", [{**kernel, "limit_speedup": 2.5}])
+    start_run(ledger, "r")
+    record_step(ledger, "r", made)
+    assert ask(ledger, "SELECT byte_ratio FROM speed") == [(2.5,)]
+    with duckdb.connect(str(ledger.path)) as con:
+        views = "SELECT view_name FROM duckdb_views() WHERE NOT internal"
+        for (view,) in con.execute(views).fetchall():
+            con.execute(f"DROP VIEW {view}")
+        con.execute("ALTER TABLE speed RENAME COLUMN byte_ratio TO limit_speedup")
+        con.execute("UPDATE schema_version SET signature = 'older'")
+    ledger.bring_up_to_date()
+    assert ask(ledger, "SELECT byte_ratio FROM speed") == [(2.5,)]

@@ -191,9 +191,73 @@ def test_paper_gap_of_a_model_the_paper_does_not_treat(home: Home) -> None:
     sql = "SELECT ours, gap FROM paper_gap WHERE run_id IS NULL AND model = 'llama2-13b' AND metric = 's2_us'"
     assert set(ask(home, sql)) == {(None, None)}
     sql = (
-        "SELECT ours, paper FROM paper_gap WHERE metric = 's2_speedup' AND setting = 'prosparse' AND run_id IS NOT NULL"
+        "SELECT ours, paper, gap, baseline, reason FROM paper_gap "
+        "WHERE metric = 's2_speedup' AND setting = 'prosparse' AND run_id IS NOT NULL"
     )
-    assert ask(home, sql) == [(4.0, 2.0)]
+    foreign = f"the paper does not treat {MODEL}: llama2-7b stands beside it"
+    device = "ours is on cpu over native_dense, the paper's on an A100 over torch"
+    assert ask(home, sql) == [(2.4, 2.0, None, "native_dense", f"{foreign}; {device}")]
+
+
+def timings(home: Path, model: str, *facts: dict[str, Any], setting: str = "prosparse") -> Ledger:
+    """A ledger with one run that timed those kernels of one variant."""
+    ledger = Ledger(home)
+    variant, *given = speed_facts({"table": "variants", "variant": "v", "model": model, "setting": setting})
+    made = make_artifact(home, "speed", "s", [variant, *({**given[0], "byte_ratio": None, **f} for f in facts)])
+    start_run(ledger, "r", model=model)
+    record_step(ledger, "r", made)
+    return ledger
+
+
+def fact(kernel: str, provider: str, us: float, **changes: Any) -> dict[str, Any]:
+    times = {"p20_us": 0.9 * us, "p50_us": us, "p80_us": 1.1 * us}
+    return {"kernel": kernel, "provider": provider, **times, "gate_passed": True, **changes}
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "torch_us", "said"),
+    [
+        ("Llama-2-7b-hf", "NVIDIA A100-SXM4-80GB", 90.0, None),
+        ("Llama-2-7b-hf", "cpu", 90.0, "ours is on cpu over torch, the paper's on an A100 over torch"),
+        ("Llama-2-7b-hf", "NVIDIA H100 PCIe", 90.0, "ours is on NVIDIA H100 PCIe over torch, the paper's on an A100"),
+        ("Llama-2-7b-hf", "NVIDIA A100-SXM4-80GB", 300.0, "ours is on NVIDIA A100-SXM4-80GB over native_dense"),
+        ("SmolLM2-135M", "NVIDIA A100-SXM4-80GB", 90.0, "the paper does not treat SmolLM2-135M: llama2-7b stands"),
+    ],
+)
+def test_a_speedup_has_a_gap_on_the_papers_device_model_and_baseline_alone(
+    tmp_path: Path, model: str, device: str, torch_us: float, said: str | None
+) -> None:
+    times = {"torch": torch_us, "native_dense": 200.0, "native": 30.0}
+    ledger = timings(tmp_path, model, *(fact("s2", p, us, device=device) for p, us in times.items()))
+    sql = "SELECT ours, gap, reason FROM paper_gap WHERE run_id = 'r' AND metric = 's2_speedup'"
+    [(ours, gap, reason)] = ask(ledger, sql)
+    assert ours == pytest.approx(min(torch_us, 200.0) / 30)
+    if said is None:
+        assert (gap, reason) == (pytest.approx(3.0 - 2.0), None)
+    else:
+        assert gap is None
+        assert reason.startswith(said)
+
+
+def test_decoding_stands_beside_the_paper_as_the_closing_line_shows_it(tmp_path: Path) -> None:
+    """Not the largest ratio of all, which was a certified gate over transformers."""
+    ways = {"transformers_dense": 480.0, "native_dense": 39.4, "native_exact": 20.0, "native_certified": 18.0}
+    facts = [fact("decode", p, us, dtype="float32", prompt_tokens=32) for p, us in ways.items()]
+    facts += [fact("decode", p, us / 2, dtype="float16", prompt_tokens=32) for p, us in ways.items() if us < 100]
+    facts += [fact("decode", p, us**0.9, dtype="float32", prompt_tokens=512) for p, us in ways.items()]
+    facts += [fact("decode", p, us, dtype="float32", prompt_tokens=32, mask_source="raised") for p, us in ways.items()]
+    ledger = timings(tmp_path, "Llama-2-7b-hf", *facts, setting="prosparse_star")
+    sql = "SELECT round(ours, 2), baseline, gap, reason FROM paper_gap WHERE run_id = 'r' AND metric = 'decode_speedup'"
+    said = "ours is on cpu over native_dense, the paper's on an A100 over llama_cpp"
+    assert ask(ledger, sql) == [(1.97, "native_dense", None, said)]
+
+
+def test_a_number_nobody_measured_and_one_nobody_printed_say_so(home: Home) -> None:
+    sql = "SELECT DISTINCT reason FROM paper_gap WHERE ours IS NULL"
+    assert ask(home, sql) == [("not measured here",)]
+    reasons = ask(home, "SELECT DISTINCT reason FROM paper_gap WHERE ours IS NOT NULL AND paper IS NULL")
+    assert all(reason.startswith("the paper prints no such number") for (reason,) in reasons)
+    assert ask(home, "SELECT count(*) FROM paper_gap WHERE (gap IS NULL) <> (reason IS NOT NULL)") == [(0,)]
 
 
 def test_threshold_tradeoff(home: Home) -> None:
@@ -247,22 +311,63 @@ def test_loss_curve(home: Home) -> None:
 
 def test_speedup_compares_only_like_with_like(home: Home) -> None:
     rows = home.ledger.query("FROM speedup ORDER BY kernel, baseline").records()
-    found = [(row["kernel"], row["provider"], row["baseline"], row["speedup"]) for row in rows]
+    found = [(row["kernel"], row["provider"], row["baseline"], row["speedup"], row["is_best"]) for row in rows]
     assert found == [
-        ("s2", "native", "native_dense", 2.4),
-        ("s2", "native", "torch", 4.0),
-        ("s3", "native", "native_dense", 2.4),
-        ("s3", "native", "torch", 4.0),
+        ("s2", "native", "native_dense", 2.4, True),
+        ("s2", "native", "torch", 4.0, False),
+        ("s3", "native", "native_dense", 2.4, True),
+        ("s3", "native", "torch", 4.0, False),
     ]
+    assert [row["byte_ratio"] for row in rows] == [5.5, None, 5.5, None], "beside the best dense kernel only"
+    assert [row["above_byte_ratio"] for row in rows] == [False, None, False, None]
     row = rows[1]
     assert (row["baseline_us"], row["p50_us"]) == (200.0, 50.0)
     assert (row["speedup_low"], row["speedup_high"]) == (190.0 / 55.0, 210.0 / 45.0)
     assert (row["run_id"], row["model"], row["setting"]) == (home.first_run, MODEL, "prosparse")
 
 
+def test_what_gains_more_than_the_bytes_it_saves_is_flagged_and_explained(tmp_path: Path) -> None:
+    ledger = timings(
+        tmp_path,
+        "m",
+        fact("ffn", "torch", 400.0, gbps=9.0),
+        fact("ffn", "native_dense", 200.0, gbps=12.0),
+        fact("ffn", "native", 50.0, gbps=18.0, byte_ratio=2.7),
+        fact("ffn", "certified", 70.0, gbps=12.3, byte_ratio=2.8),
+        fact("s3", "native_dense", 200.0),
+        fact("s3", "native", 50.0, byte_ratio=None, byte_ratio_note="n/a: the weights fit"),
+    )
+    sql = "SELECT provider, byte_ratio, above_byte_ratio, above_byte_ratio_note, byte_ratio_note FROM speedup "
+    assert ask(ledger, sql + "WHERE is_best ORDER BY kernel, provider DESC") == [
+        ("native", 2.7, True, "above its byte ratio: it reads 18.0 GB/s, its baseline 12.0", None),
+        (
+            "certified",
+            2.8,
+            True,
+            "above its byte ratio: it reads 12.3 GB/s, its baseline 12.0; within the spread of the timings",
+            None,
+        ),
+        ("native", None, None, None, "n/a: the weights fit"),
+    ]
+    assert ask(ledger, sql + "WHERE NOT is_best AND (byte_ratio, above_byte_ratio) IS DISTINCT FROM (NULL, NULL)") == []
+
+
+def test_the_best_baseline_is_one_for_all_layers_of_a_kernel(tmp_path: Path) -> None:
+    facts = []
+    for layer, dense in enumerate(({"torch": 100.0, "native_dense": 90.0}, {"torch": 100.0, "native_dense": 200.0})):
+        for provider, us in {**dense, "native": 50.0}.items():
+            facts.append(fact("ffn", provider, us, layer=layer, sparsity=0.8 + layer / 10))
+    ledger = timings(tmp_path, "m", *facts)
+    assert ask(ledger, "SELECT layer, baseline FROM speedup WHERE is_best ORDER BY layer") == [
+        (0, "torch"),
+        (1, "torch"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("column", "other"),
     [
+        ("prompt_tokens", 512),
         ("threads", 2),
         ("dtype", "bf16"),
         ("d_ff", 1),

@@ -13,7 +13,8 @@ from kernels.decoder import Decoder
 from prosparse_core.families import find_ffns
 from prosparse_core.predictor import LayerPredictor
 from prosparse_core.substitute import use_thresholds
-from tasks.timing.decode import Peers, Way, raised_thresholds, time_ways
+from tasks.timing.decode import Peers, Way, time_ways
+from tasks.timing.thresholds import raised_thresholds
 
 THRESHOLDS = [0.0, 0.02, 0.05]
 PROMPTS = [torch.tensor([[5, 9, 40, 11, 3]]), torch.tensor([[7, 7, 80, 3, 21, 60, 31, 12, 44, 50]])]
