@@ -19,7 +19,7 @@ from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 HASHED_WHOLE_BELOW = 2 << 30
 OWN_ACTIVATIONS = {
     "fatrelu": "fatrelu",

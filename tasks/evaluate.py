@@ -15,7 +15,7 @@ from tasks.evaluation.evaluation import Evaluation, harness_version, together
 from tasks.evaluation.held_out import CHOICES_TASK, read_held_out
 from tasks.step import Run, Work
 
-VERSION = 2
+VERSION = 3
 RESULTS = "results.json"
 
 

@@ -28,9 +28,6 @@ from tasks.evaluation.parts import Part, Parts
 from tasks.evaluation.scores import harness_scores
 from tasks.evaluation.scoring import evaluating, load_task, make_scorer, quiet, run_task
 
-MIN_LENGTH = 512
-"""Documents are scored in windows of at least this many tokens, as far as the model's context reaches."""
-
 
 def measure_loaded(
     model: Any,
@@ -65,7 +62,7 @@ def measure_held_out(
 
     Args:
         limit: at most this many documents per task; marks what it cuts as partial.
-        max_length: tokens per window; default ``max(512, seq_len)``. Never beyond the model's context.
+        max_length: tokens per window; default ``seq_len``, as in training. Never beyond the model's context.
         parts: what an interrupted attempt has measured is taken from there, and what is measured now is kept there.
 
     Raises:
@@ -76,7 +73,7 @@ def measure_held_out(
         raise BadInput(f"limit={limit}: at least 1 document per task")
     progress, parts = progress or Silent(), parts or Parts()
     context = getattr(model.config, "max_position_embeddings", None)
-    max_length = max_length or max(MIN_LENGTH, held_out.seq_len)
+    max_length = max_length or held_out.seq_len
     max_length = min(max_length, context) if context else max_length
     encoder = Encoder(tokenizer)
     sizes = held_out.sizes(limit)
