@@ -19,9 +19,11 @@ from tasks.evaluation.held_out import (
     NO_CHOICES,
     HeldOut,
     Score,
+    by_document,
     choices_task,
     corpus_scores,
     corpus_task,
+    digest_of,
     read_held_out,
 )
 from tasks.evaluation.parts import Part, Parts
@@ -88,7 +90,8 @@ def measure_held_out(
 
         for number, (corpus, rows) in enumerate(held_out.corpora.items()):
             follow(corpus, number)
-            measure = partial(_measure_corpus, scorer, model, encoder, corpus, rows, limit, about)
+            share = held_out.shares.get(corpus)
+            measure = partial(_measure_corpus, scorer, model, encoder, corpus, rows, limit, about, share)
             found[corpus] = parts.get(f"corpus {corpus}", measure)
         if held_out.choices:
             follow(CHOICES_TASK, len(found))
@@ -119,6 +122,7 @@ def _measure_corpus(
     rows: Sequence[dict[str, Any]],
     limit: int | None,
     about: str,
+    share: float | None,
 ) -> Part:
     raw: dict[str, dict[str, Any]] = {}
     rows, labels = _conversations(corpus, rows, encoder, scorer.prefix_token_id)
@@ -131,10 +135,20 @@ def _measure_corpus(
         if not any(sample["token_perplexity"][1] for sample in samples):
             raise BadInput(f"corpus {corpus!r}: the tokenizer makes not one token of its documents")
         layers = tuple(meter.layers())
-    note = f"stderr by the delta method over {len(samples)} documents; {about}"
+    read = [rows[sample["doc_id"]] for sample in samples]
+    names, whole = by_document([row["id"] for row in read], samples)
+    note = f"stderr by the delta method over {len(names)} documents; {about}"
     note += "; loss on the answers only" if contexts[0] is not None else ""
     note += "; loss on the assistant's turns only" if labels else ""
-    scores = corpus_scores(corpus, samples, partial=len(samples) < len(rows), note=note)
+    scores = corpus_scores(
+        corpus,
+        whole,
+        digest_of(part for row in read for part in (row["id"], row["prompt"] or "", row.get("read", row["text"]))),
+        partial=len(samples) < len(rows),
+        note=note,
+        share=share,
+        window_tokens=scorer.max_length,
+    )
     return Part(tuple(scores), raw, layers)
 
 

@@ -1,4 +1,4 @@
-"""How evaluate runs a model under the harness: windows, padding, precision, separator, stops, and the sparsity meter."""
+"""How evaluate runs a model under the harness: windows, padding, precision, separator, stops, the sparsity meter."""
 
 from __future__ import annotations
 
@@ -127,9 +127,7 @@ def score_windows(
 
 
 def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size: int, max_length: int) -> Any:
-    """The harness's model: HFLM with our precision, one document separator at the head of every sequence, and a sparsity
-    meter.
-    """
+    """The harness's model: HFLM with our precision, one separator before every sequence, and a sparsity meter."""
     from lm_eval.models.huggingface import HFLM
 
     from prosparse_core.data.packing import Encoder
@@ -226,7 +224,7 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             return list(zip(totals, greedy, strict=True))
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            """Greedy continuations up to a stop string; each prompt follows one separator, also when its front is cut."""
+            """Greedy continuations up to a stop string; each prompt follows one separator, also with its front cut."""
             settings = requests[0].args[1]
             assert all(r.args[1] == settings for r in requests), "one task at a time"
             if settings.get("do_sample"):

@@ -14,7 +14,7 @@ from prosparse_core.store import Artifact
 
 MODEL = "example-model"
 CORPORA = {"code": 1000, "docs": 3000}
-"""Held-out corpora and their tokens."""
+"""Held-out corpora and their tokens; their shares of the mixture are the same."""
 TOKENS = 4096
 
 
@@ -166,6 +166,7 @@ def measured(row: Row, variant: dict[str, Any]) -> list[dict[str, Any]]:
     facts: list[dict[str, Any]] = [variant]
     for (corpus, n), value in zip(CORPORA.items(), row.perplexities, strict=True):
         score = {"metric": "token_perplexity", "value": value, "stderr": row.stderr, "n": n}
+        score["share"] = n / sum(CORPORA.values())
         facts.append({**same, **score, "corpus": corpus, "higher_is_better": False})
         for layer, shift in enumerate((-0.01, 0.01)):
             zeros = row.sparsity + shift if row.sparsity else 0.0

@@ -202,7 +202,8 @@ def test_conditions_and_notes(found: Evaluation) -> None:
     }
     notes = {s.corpus: s.note for s in found.scores if s.metric == "token_perplexity"}
     assert notes["code"] == (
-        "stderr by the delta method over 3 documents; prefix <|im_end|> (between documents, in training as here), windows of 64 tokens"
+        "stderr by the delta method over 3 documents; prefix <|im_end|> (between documents, in training as here), "
+        "windows of 64 tokens"
     )
     assert notes["chat"] == notes["code"] + "; loss on the answers only"
 

@@ -13,6 +13,7 @@ from ledger_fixture import (
     CORPORA,
     MODEL,
     NUM_LAYERS,
+    SHARES,
     THRESHOLDS,
     Home,
     ask,
@@ -39,10 +40,11 @@ def test_leaderboard(home: Home) -> None:
     last = rows[-1]
     assert last["recipe"] == last["model"] == MODEL
     assert last["perplexity_by_corpus"] == {c: 7.1 + i for i, c in enumerate(CORPORA)}
-    tokens = [1000, 2000, 3000]
-    nats = sum(n * math.log(7.1 + i) for i, n in enumerate(tokens))
-    assert last["perplexity"] == pytest.approx(math.exp(nats / sum(tokens)), rel=1e-14)
-    assert last["sparsity"] == pytest.approx(0.84, abs=1e-12)
+    nats = sum(share * math.log(7.1 + i) for i, share in enumerate(SHARES))
+    assert last["perplexity"] == pytest.approx(math.exp(nats), rel=1e-14)
+    zeros = sum(share * (0.83 + 0.01 * i) for i, share in enumerate(SHARES))
+    assert last["sparsity"] == pytest.approx(zeros, abs=1e-12), "both axes by the mixture's shares, not by tokens"
+    assert (last["weighted_by"], last["window_tokens"], last["num_documents"]) == ("mixture", 512, 60)
     assert list(last["sparsity_by_corpus"]) == list(CORPORA)
     assert last["threshold"] == CHOSEN
     assert last["accuracy"] == pytest.approx((0.54 + 0.64) / 2)
