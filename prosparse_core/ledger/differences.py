@@ -30,7 +30,7 @@ def difference_rows(con: DuckDBPyConnection, digest: str, scores: list[Row]) -> 
     cursor = con.execute(f"SELECT * FROM document_scores WHERE documents IN ({marks})", listed)
     names = [column[0] for column in cursor.description or []]
     others = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-    found = []
+    found: list[Row] = []
     for place, there in sorted(_by_variant(others).items()):
         for own, here in sorted(_by_variant(scores).items()):
             if own[1] != place[1]:

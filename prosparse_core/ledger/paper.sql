@@ -198,6 +198,11 @@ CREATE MACRO paper_model(model) AS
        WHEN regexp_matches(lower(model), 'minicpm.*1b') THEN 'minicpm-1b' END;
 COMMENT ON MACRO paper_model IS 'The name a model has in published, or NULL when the paper does not treat it.';
 
+CREATE VIEW recipe_tokens AS
+  SELECT r.run_id, max(try_cast(a.meta->>'$.train_tokens' AS BIGINT)) AS recipe_tokens
+  FROM run_artifacts r JOIN artifacts a ON a.digest = r.artifact AND a.step = 'mixture' GROUP BY r.run_id;
+COMMENT ON VIEW recipe_tokens IS 'How many tokens the recipe of a run trains on in all, as its mixture was told.';
+
 CREATE VIEW paper_gap AS
   WITH long AS (
     SELECT run_id, recipe, model, setting, variant, m.metric, 100 * m.value AS value, 100 * m.stderr AS stderr,
@@ -232,28 +237,39 @@ CREATE VIEW paper_gap AS
           GROUP BY ALL)
     GROUP BY ALL),
   ours AS (
-    SELECT o.*, b.seed, b.l1
+    SELECT o.*, b.seed, b.l1, b.tokens_seen, t.recipe_tokens
     FROM long o LEFT JOIN leaderboard b
       ON (b.model, b.variant) = (o.model, o.variant) AND b.run_id IS NOT DISTINCT FROM o.run_id
+    LEFT JOIN recipe_tokens t ON t.run_id = o.run_id
     WHERE o.value IS NOT NULL AND o.setting IS NOT NULL),
   paper AS (
     FROM published
     QUALIFY row_number() OVER (PARTITION BY model, setting, metric, condition ORDER BY source) = 1)
   SELECT o.run_id, o.recipe, o.model, o.setting, o.seed, o.l1, o.metric, o.value AS ours, o.stderr,
     coalesce(o.partial, FALSE) AS partial, coalesce(o.not_measured, []) AS not_measured, p.value AS paper,
-    CASE WHEN paper_model(o.model) IS NOT NULL AND len(coalesce(o.not_measured, [])) = 0
-         THEN o.value - p.value END AS gap,
+    nullif(array_to_string(list_filter([
+      CASE WHEN p.value IS NULL THEN 'the paper prints no such number' END,
+      CASE WHEN p.value IS NOT NULL AND paper_model(o.model) IS NULL
+           THEN 'the paper does not treat ' || o.model || ': ' || p.model || ' stands beside it' END,
+      CASE WHEN len(coalesce(o.not_measured, [])) > 0
+           THEN 'ours is without ' || array_to_string(o.not_measured, ', ') END,
+      CASE WHEN p.value IS NOT NULL AND o.tokens_seen BETWEEN 1 AND o.recipe_tokens - 1
+           THEN printf('ours saw %.0f %% of the recipe''s training tokens, the paper''s all of them',
+                       100 * o.tokens_seen / o.recipe_tokens) END],
+      lambda part: part IS NOT NULL), '; '), '') AS reason,
+    CASE WHEN reason IS NULL THEN o.value - p.value END AS gap,
     p.model AS paper_model, p.source, p.condition, o.variant
   FROM ours o
   LEFT JOIN paper p ON p.model = coalesce(paper_model(o.model), 'llama2-7b')
     AND p.setting = o.setting AND lower(p.metric) = lower(o.metric) AND p.condition = ''
   UNION ALL BY NAME
-  SELECT p.model, p.setting, p.metric, p.value AS paper, p.model AS paper_model, p.source, p.condition
+  SELECT p.model, p.setting, p.metric, p.value AS paper, p.model AS paper_model, p.source, p.condition,
+    'not measured here' AS reason
   FROM paper p
   WHERE p.condition <> '' OR NOT EXISTS (
     FROM ours o
     WHERE paper_model(o.model) = p.model AND o.setting = p.setting AND lower(o.metric) = lower(p.metric));
 COMMENT ON VIEW paper_gap IS
-  'Our numbers beside the published ones, both in per cent (speedups as ratios). A model the paper does not treat '
-  'stands beside LLaMA2-7B, without a gap, as does a mean that lacks a benchmark (not_measured); a published number nobody measured here, or one under '
-  'a condition of its own (more tokens, another threshold), has ours NULL.';
+  'Our numbers beside the published ones, both in per cent (speedups as ratios). There is a gap only where both measured '
+  'the same: the model, all benchmarks of a mean, all tokens of the recipe; else reason says why not. A published number '
+  'nobody measured here, or one under a condition of its own (more tokens, another threshold), has ours NULL.';

@@ -128,7 +128,8 @@ def _values(
             share = [f"without {', '.join(lacks)}"] if lacks else []
             cells.append(Cell(pct(row["value"], 1), "\n".join([*error, *share])))
     if len(rows) == 2:
-        cells.append(_difference(grid, *rows, paired))
+        first, second = rows
+        cells.append(_difference(grid, first, second, paired))
     return cells
 
 
@@ -193,8 +194,8 @@ def page(runs: Sequence[ReportData]) -> str:
     how = (
         "Scores are marked as the paper counts them and carry one standard error; a difference has in brackets its "
         "95 % interval from a paired bootstrap by document, since both read the same. Where scores by document were "
-        "not kept it has ± one standard error of two independent scores, which is wide. Means are unweighted, as in the "
-        "paper. LAMBADA has one candidate: right is what greedy decoding gives, where the paper's rule, the lowest "
+        "not kept it has ± one standard error of two independent scores, which is wide. Means are unweighted, as in "
+        "the paper. LAMBADA has one candidate: right is what greedy decoding gives, where the paper's rule, the lowest "
         "perplexity, would have to choose among several."
     )
     limit = _limit(runs[0])

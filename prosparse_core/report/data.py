@@ -42,7 +42,7 @@ FROM published s JOIN published a USING (model, setting, condition, source)
 WHERE s.metric = 'sparsity_pct' AND a.metric = 'average_pct' AND s.source LIKE '%Table 5'
 ORDER BY s.model DESC, sparsity_pct, s.setting""",
     "paper": """
-SELECT model, setting, l1, seed, variant, metric, ours, stderr, partial, not_measured, paper, gap, paper_model,
+SELECT model, setting, l1, seed, variant, metric, ours, stderr, partial, not_measured, paper, gap, reason, paper_model,
        paper_model(model) IS NULL AS is_foreign, source
 FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, seed, metric, variant""",
     "checkpoints": """

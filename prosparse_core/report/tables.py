@@ -63,8 +63,9 @@ def _perplexity(
         why = found["note"] if found and found["note"] and not is_number(value) else why
     if not is_number(value):
         return grid.missing(why)
-    is_placed = is_number(dense) and dense > 0 and variant != base
-    parts = [error, *(times_original(data, variant, base, corpus, value / dense) if is_placed else [])]
+    parts = [error]
+    if is_number(dense) and dense > 0 and variant != base:
+        parts += times_original(data, variant, base, corpus, value / dense)
     return Cell(text, "\n".join(p for p in parts if p))
 
 

@@ -121,6 +121,29 @@ def test_benchmarks_group_as_the_paper_does(tmp_path: Path) -> None:
     ]
 
 
+def test_a_part_of_the_tokens_has_no_gap_to_the_paper_s_whole(tmp_path: Path) -> None:
+    """vanilla_relu of the main path is its stage 0; the paper's row saw every token."""
+    ledger = Ledger(tmp_path)
+    mixture = make_artifact(tmp_path, "mixture", "mixture", meta={"train_tokens": 34_603_008_000})
+    start_run(ledger, "r", model="Llama-2-7b-hf")
+    record_step(ledger, "r", mixture)
+    for setting, tokens in (("vanilla_relu", 10_485_760_000), ("prosparse", 34_603_008_000), ("original", 0)):
+        variant = {"table": "variants", "variant": setting, "model": "Llama-2-7b-hf", "setting": setting}
+        variant["tokens_seen"] = tokens
+        score = {"table": "evaluations", "variant": setting, "task": "gsm8k", "metric": "acc", "value": 0.1}
+        zeros = {"table": "sparsity", "variant": setting, "corpus": "c", "layer": 0, "num_tokens": 9, "sparsity": 0.66}
+        record_step(ledger, "r", make_artifact(tmp_path, "evaluate", setting, [variant, score, zeros]))
+    sql = "SELECT metric, paper, gap, reason FROM paper_gap WHERE run_id = 'r' "
+    sql += "AND metric IN ('sparsity_pct', 'gsm8k_pct') "
+    whole = ask(ledger, sql + "AND paper IS NOT NULL AND setting <> 'vanilla_relu'")
+    assert len(whole) >= 3
+    assert all(gap is not None and reason is None for _, _, gap, reason in whole)
+    part = ask(ledger, sql + "AND setting = 'vanilla_relu' ORDER BY metric DESC")
+    assert part[0][:2] == ("sparsity_pct", 66.04)
+    why = "ours saw 30 % of the recipe's training tokens, the paper's all of them"
+    assert {(gap, reason) for _, paper, gap, reason in part if paper is not None} == {(None, why)}
+
+
 def test_a_mean_that_lacks_a_benchmark_is_not_the_papers(tmp_path: Path) -> None:
     """One of five commonsense benchmarks, and a group of which a task is n/a: values, but no gap and no average."""
     whole = ("humaneval", "mbpp", "piqa", "boolq", "lambada_openai", "tydiqa_goldp_en", "gsm8k", "mmlu")
