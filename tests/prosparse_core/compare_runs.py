@@ -121,6 +121,7 @@ def _shift(home: Path, ledger: Ledger, run_id: str, row: Row, checkpoint: Artifa
             "sparsity": row.sparsity + t,
             "chosen": (rule, t) == ("cett", 0.02),
             "cett": t if rule == "cett" else None,
+            "stopped_by": "budget" if rule == "grid" else "saturated",
         }
         for rule, scope, cost in (("grid", "global", 0.9), ("cett", "per_layer", 0.4))
         for t in (0.0, 0.01, 0.02, 0.04)
