@@ -130,8 +130,8 @@ def minicpm_config(config: Mapping[str, Any], threshold: float) -> dict[str, Any
 
 
 _IN_16_BITS = (
-    "In 16-bit floats, vLLM's choice unless told, gates that equal the threshold rounded to them are dropped where that "
-    "is less than the threshold; the model keeps these. All other gates are as in 32 bits.\n"
+    "In 16-bit floats, vLLM's choice unless told, gates that equal the threshold rounded to them are dropped where "
+    "that is less than the threshold; the model keeps these. All other gates are as in 32 bits.\n"
 )
 
 
