@@ -126,8 +126,8 @@ def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Pa
     """Full windows of the evaluation documents as (corpus, int64 [1, seq_len]), the corpora taking turns.
 
     So any beginning of the stream has about as much of each corpus. The first document follows the separator, as in
-    training every one does. A corpus shorter than ``seq_len`` is one window of
-    its own length; else the incomplete end is left out. The stream ends when every corpus is used up.
+    training every one does. A corpus shorter than ``seq_len`` is one window of its own length; else the incomplete end
+    is left out. The stream ends when every corpus is used up.
     """
     from prosparse_core.data.packing import Encoder
 
@@ -136,7 +136,7 @@ def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Pa
     for corpus in mixture.corpora:
         documents = mixture.held_out("evaluation", corpus)
         encoded = encoder.encode(documents)
-        lead = [] if encoder.prefix else encoder.lead(is_chat=documents[0].prompt is not None)
+        lead = [] if encoder.prefix else encoder.lead(is_chat=documents[0].chat is not None)
         parts = [np.array(lead, dtype=np.int32), *(e.tokens for e in encoded)]
         tokens = torch.from_numpy(np.concatenate(parts)).long()
         length = min(mixture.seq_len, len(tokens))

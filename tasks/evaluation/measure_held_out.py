@@ -161,7 +161,7 @@ def _measure_choices(scorer: Any, choices: Sequence[dict[str, Any]], limit: int 
 
 def _conversations(
     corpus: str, rows: Sequence[dict[str, Any]], encoder: Encoder, prefix: int
-) -> tuple[Sequence[dict[str, Any]], dict[str, tuple[list[int], list[bool]]]]:
+) -> tuple[Sequence[dict[str, Any]], dict[str, tuple[list[int], list[bool], list[int]]]]:
     """The rows of a corpus of conversations with the text that is read of each (``read``); and by that text its tokens
     after the prefix, with those of the assistant's turns marked, as in training.
     """
@@ -173,8 +173,10 @@ def _conversations(
     read = [encoder.written(document) for document in documents]
     labels = {}
     for text, encoded in zip(read, encoder.encode(documents), strict=True):
-        start = int(encoded.tokens[0] == prefix)
-        labels[text] = (encoded.tokens[start:].tolist(), encoded.mask[start:].astype(bool).tolist())
+        tokens = [*encoder.lead(is_chat=True), *encoded.tokens.tolist()]
+        start = 1 + int(tokens[:2] == [prefix, prefix])  # the plain format writes a BOS of its own
+        mask = encoded.mask.astype(bool).tolist()
+        labels[text] = (tokens[start:], mask[len(mask) - len(tokens) + start :], tokens[:1])
     return [{**row, "read": text} for row, text in zip(rows, read, strict=True)], labels
 
 

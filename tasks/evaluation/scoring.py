@@ -143,8 +143,9 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
         meter: SparsityMeter | None = None
         ends_prompt_as_written = False
         """A prompt ends where its format says; else the harness's rule: its last white space belongs to the answer."""
-        labels: Mapping[str, tuple[Sequence[int], Sequence[bool]]] = MappingProxyType({})
-        """Of conversations: their tokens, and which of them the assistant says; only these are scored."""
+        labels: Mapping[str, tuple[Sequence[int], Sequence[bool], list[int]]] = MappingProxyType({})
+        """Of conversations: their tokens, which of them the assistant says (only these are scored), and what stands
+        before: the separator, or the first token that a chat template writes."""
         on_progress: Callable[[float], None] = staticmethod(lambda share: None)
 
         def __init__(self) -> None:
@@ -182,9 +183,12 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-            encoded, head = [], [self.prefix_token_id]
+            encoded = []
             for request in requests:
-                ids = self.labels[request.args[0]][0] if self.labels else self.tok_encode(request.args[0])
+                if self.labels:
+                    ids, _, head = self.labels[request.args[0]]
+                else:
+                    ids, head = self.tok_encode(request.args[0]), [self.prefix_token_id]
                 encoded.append((request.args, head, ids))
             return [loglikelihood for loglikelihood, _ in self._loglikelihood_tokens(encoded)]
 
