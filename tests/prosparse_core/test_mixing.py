@@ -94,7 +94,8 @@ def test_the_manifest_counts_what_is_on_disk(prepared: Path, mixture: Mixture) -
         name = entry["name"]
         for split in ("calibration", "evaluation"):
             found = rows(prepared / split / f"{name}.jsonl")
-            assert entry[split]["documents"] == len(found)
+            assert entry[split]["documents"] == len({row["id"] for row in found})
+            assert entry[split]["spans"] == len(found)
             assert entry[split]["files"] == len({row["file"] for row in found})
         for split in ("train", "calibration"):
             if entry[split]["windows"]:

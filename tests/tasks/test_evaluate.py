@@ -129,10 +129,10 @@ def test_only_the_turns_of_the_assistant_are_scored(tiny: tuple[Any, Any], tmp_p
             labels += [turn["role"] == "assistant" and len(head) <= k <= end for k in range(len(part))]
             tokens += part
         assert tokens == tokenizer(after, add_special_tokens=False)["input_ids"]
-        at = 1  # the first token is BOS: nothing before it
+        at = 1  # the first token is what the template begins with: nothing before it
         while at < len(tokens):
-            stop = min(len(tokens), at + CONTEXT)
-            ids = torch.tensor(tokens[max(0, stop - 1 - CONTEXT) : stop])
+            stop = min(len(tokens), at + WINDOW)
+            ids = torch.tensor(tokens[max(0, stop - 1 - WINDOW) : stop])
             with torch.no_grad():
                 logits = model(input_ids=ids[None, :-1]).logits[0].double()[at - stop :]
             loss = torch.nn.functional.cross_entropy(logits, ids[at - stop :], reduction="none")
