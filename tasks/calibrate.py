@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Sequence[float]], dict[str, Measured]]
 
-VERSION = 5
+VERSION = 6
 CETT_TOKENS = 512
 """Calibration tokens on which each layer's CETT is measured."""
 SCOPES = {"grid": "global", "cett": "per_layer"}

@@ -12,7 +12,7 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL, check_folder
 from tasks.step import Run, Work
 
-VERSION = 3
+VERSION = 4
 
 
 def mixture(run: Run, dense: Artifact) -> Artifact:
