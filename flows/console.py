@@ -249,7 +249,8 @@ def print_result(result: summary.Result) -> None:
             [s.label, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold_text]
             for s in result.settings
         ]
-        table(columns, rows, title=f"{result.recipe} · held-out files: token perplexity, sparsity")
+        read = f" (spans of documents, windows of {result.window_tokens} tokens)" if result.window_tokens else ""
+        table(columns, rows, title=f"{result.recipe} · held-out files{read}: token perplexity, sparsity")
     if result.benchmarks:
         columns, rows = benchmark_table(result.benchmarks)
         table(columns, rows, title=f"{result.recipe} · benchmarks")

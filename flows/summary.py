@@ -12,6 +12,9 @@ from typing import Any
 from prosparse_core.store import FACTS, Artifact, make_folder, read_record, write_json
 from tasks.step import Run
 
+ENDINGS = {"budget": "; ended by the budget", "saturated": "; ended where larger ones bring no more sparsity"}
+"""What ended the search for thresholds."""
+
 
 @dataclass(frozen=True)
 class SettingResult:
@@ -48,6 +51,8 @@ class Result:
     run_id: str
     recipe: str
     corpora: list[str] = field(default_factory=list)
+    window_tokens: int | None = None
+    """Of the windows that held-out text was read in."""
     settings: list[SettingResult] = field(default_factory=list)
     predictor: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
@@ -67,6 +72,7 @@ class Result:
             f"thresholds  {row['setting']}: perplexity {row['perplexity_increase_pct']:+.2f} % on evaluation files "
             f"({row['promised_increase_pct']:+.2f} % on calibration files), sparsity "
             f"{100 * row['sparsity_gain']:+.2f} points ({100 * row['promised_sparsity_gain']:+.2f})"
+            + ENDINGS.get(row["stopped_by"], "")
             for row in self.held_out
         ]
         if self.predictor:
@@ -155,6 +161,7 @@ def of_run(run: Run) -> Result:
         elif artifact.step == "evaluate":
             result.settings.append(_setting(artifact, meta, calibrated, run.recipe.seed))
             result.corpora = list(meta["perplexity"])
+            result.window_tokens = meta.get("max_length")
             if meta.get("benchmarks"):
                 result.benchmarks[result.settings[-1].label] = meta["benchmarks"]
         elif artifact.step == "predictor":
@@ -174,7 +181,7 @@ def of_run(run: Run) -> Result:
 def _held_out(run: Run) -> list[dict[str, Any]]:
     literal = "'" + run.run_id.replace("'", "''") + "'"
     return run.ledger.query(
-        "SELECT setting, variant, scope, threshold, cett, perplexity_increase_pct, promised_increase_pct, "
+        "SELECT setting, variant, scope, threshold, cett, stopped_by, perplexity_increase_pct, promised_increase_pct, "
         f"sparsity_gain, promised_sparsity_gain FROM threshold_held_out WHERE run_id = {literal} AND corpus = 'mixed' "
         "AND perplexity_increase_pct + promised_increase_pct + sparsity_gain + promised_sparsity_gain IS NOT NULL "
         "ORDER BY setting, variant"

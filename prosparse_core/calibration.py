@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from prosparse_core.errors import BadInput
 from prosparse_core.perplexity import Measured
@@ -17,6 +18,15 @@ CETTS = (0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 """Shares of output norm that are tried; the walk ends long before the last unless the budget is a large one."""
 LEAST_STEP = 0.1
 """Of the interval, at either end: so that a curve with a corner is closed in on as well."""
+GROWTH = 2.0
+"""Each value behind the end of a grid is so many times the one before."""
+FIRST_VALUE = 0.01
+"""The first value behind a grid of nothing but 0."""
+SATURATED = 1e-3
+"""Sparsity that a step beyond the grid must add to be followed by another: 0.1 points."""
+MAX_FRUITLESS = 12
+"""Steps beyond a grid that ends far below the model's activations, where they bring nothing yet."""
+Stop = Literal["budget", "saturated"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,14 @@ class Trial:
 
     @property
     def mixed(self) -> Measured:
-        """All corpora together, each token counting once; sparsity as the mean over corpora."""
+        """All corpora together, each by its share of the training mixture: sparsity, and log-perplexity alike."""
         parts = list(self.per_corpus.values())
+        whole = sum(p.share for p in parts)
+        num_tokens = sum(p.num_tokens for p in parts)
         return Measured(
-            nll=sum(p.nll for p in parts),
-            num_tokens=sum(p.num_tokens for p in parts),
-            sparsity=sum(p.sparsity for p in parts) / len(parts),
+            nll=num_tokens * sum(p.share / whole * p.nll / p.num_tokens for p in parts),
+            num_tokens=num_tokens,
+            sparsity=sum(p.share / whole * p.sparsity for p in parts),
         )
 
 
@@ -49,6 +61,8 @@ class Curve:
     trials: tuple[Trial, ...]
     best: Trial
     max_ppl_increase_pct: float
+    stopped_by: Stop
+    """budget: the next value would exceed it. saturated: none did, but larger ones brought no more sparsity."""
 
     @property
     def chosen(self) -> float:
@@ -78,9 +92,11 @@ def calibrate(
 ) -> Curve:
     """The curve over a grid of thresholds and the largest threshold within the budget.
 
-    The grid is walked upwards until perplexity has risen by three times the budget (and at least 3 %); the interval
-    between the last threshold within the budget and the first beyond it is then narrowed ``refine`` times, each time
-    where a straight line between the two meets the budget: the curve bends upwards, so that is mostly within it.
+    The grid is walked upwards until perplexity has risen by three times the budget (and at least 3 %). Where it ends
+    within the budget, thresholds are doubled until one is beyond it or sparsity saturates. The interval between the
+    last threshold within the budget and the first beyond it is then narrowed ``refine`` times, each time where a
+    straight line between the two meets the budget: the curve bends upwards, so that is mostly within it. Where nothing
+    but 0 is within the budget, thresholds are halved until one is, or brings no sparsity.
 
     Args:
         measure: threshold -> one measurement per corpus, on calibration data.
@@ -127,13 +143,14 @@ def calibrate_cett(
 
 
 def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increase_pct: float, refine: int) -> Curve:
-    """Walk ``values`` (rising, the first is the base) up, then narrow the interval in which the budget ends."""
+    """Walk ``values`` (rising, the first is the base) up and on, then narrow the interval in which the budget ends."""
     tried: list[tuple[float, Trial]] = []
-    for value in values:
+
+    def add(value: float) -> Trial:
         tried.append((value, try_(value)))
-        if increase_pct(tried[-1][1], tried[0][1]) > max(3 * max_increase_pct, 3.0):
-            break
-    base = tried[0][1]
+        return tried[-1][1]
+
+    base = add(values[0])
     if not math.isfinite(base.mixed.perplexity):
         raise BadInput(
             f"the perplexity at threshold 0 is {base.mixed.perplexity}: there is nothing to calibrate against",
@@ -143,20 +160,61 @@ def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increas
     def within(trial: Trial) -> bool:
         return increase_pct(trial, base) <= max_increase_pct
 
+    for value in values[1:]:
+        if increase_pct(add(value), base) > max(3 * max_increase_pct, 3.0):
+            break
+    useful = len(tried)
+    if all(within(trial) for _, trial in tried):
+        useful = _go_on(tried, add, within)
     # Perplexity may dip and rise; "largest" means before the first value that breaks the budget.
-    beyond = next((i for i, (_, trial) in enumerate(tried) if not within(trial)), len(tried))
+    beyond = next((i for i, (_, trial) in enumerate(tried) if not within(trial)), useful)
     low, best = tried[beyond - 1]
-    if beyond < len(tried):
+    is_bounded = beyond < useful
+    if is_bounded:
         high, too_much = tried[beyond]
         for _ in range(refine):
             under, over = (increase_pct(trial, base) for trial in (best, too_much))
             share = (max_increase_pct - under) / (over - under)
             middle = low + min(max(share, LEAST_STEP), 1 - LEAST_STEP) * (high - low)
-            trial = try_(middle)
-            tried.append((middle, trial))
+            trial = add(middle)
             if within(trial):
                 low, best = middle, trial
             else:
                 high, too_much = middle, trial
+        while best is base and too_much.mixed.sparsity - base.mixed.sparsity >= SATURATED:
+            high /= GROWTH
+            trial = add(high)
+            if within(trial):
+                best = trial
+            else:
+                too_much = trial
     trials = {id(trial): trial for _, trial in tried}.values()
-    return Curve(tuple(sorted(trials, key=lambda t: t.threshold)), best, max_increase_pct)
+    return Curve(
+        tuple(sorted(trials, key=lambda t: t.threshold)),
+        best,
+        max_increase_pct,
+        stopped_by="budget" if is_bounded else "saturated",
+    )
+
+
+def _go_on(tried: list[tuple[float, Trial]], add: Callable[[float], Trial], within: Callable[[Trial], bool]) -> int:
+    """Try larger values until one is beyond the budget, no x1 is left, or a step brings no more sparsity.
+
+    A grid may end far below the model's activations: only behind a step that brought something, or many, is one that
+    brings nothing the end.
+
+    Returns:
+        How many of ``tried`` brought something, those of the grid included: the others cost and bring nothing.
+    """
+    gained = tried[-1][1].mixed.sparsity - tried[0][1].mixed.sparsity >= SATURATED
+    useful = len(tried)
+    while tried[-1][1].mixed.sparsity < 1:
+        value, last = tried[-1]
+        trial = add(GROWTH * value or FIRST_VALUE)
+        if not within(trial):
+            return len(tried)
+        if trial.mixed.sparsity - last.mixed.sparsity >= SATURATED or trial.mixed.sparsity == 1:
+            gained, useful = True, len(tried)
+        elif gained or len(tried) - useful >= MAX_FRUITLESS:
+            break
+    return useful

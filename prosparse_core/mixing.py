@@ -258,6 +258,11 @@ class Mixture:
         """All corpora, also those of weight 0, in the order of the recipe."""
         return [entry["name"] for entry in self.manifest["corpora"]]
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each corpus in the training mixture: what it weighs where corpora are taken together."""
+        return {entry["name"]: entry["share"] for entry in self.manifest["corpora"]}
+
     def batch(self, step: int, sequences: int) -> Batch:
         """The samples ``(step - 1) * sequences`` and following; ``step`` counts from 1."""
         assert step >= 1

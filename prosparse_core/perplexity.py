@@ -22,6 +22,8 @@ class Measured:
     nll: float
     num_tokens: int
     sparsity: float
+    share: float = 1.0
+    """Of its corpus in the training mixture: what it weighs beside other corpora."""
 
     @property
     def perplexity(self) -> float:

@@ -39,9 +39,23 @@ def build_random(model_type: str, config: dict[str, Any], seed: int, folder: Pat
         settings = family.named(settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
+    _fill_padding(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def _fill_padding(model: Any) -> None:
+    """Give the padding token, which is also EOS and so between all documents, an embedding like every other's.
+
+    transformers leaves it zero, which makes x1 zero there: a dense model would seem sparse.
+    """
+    import torch
+
+    embedding = model.get_input_embeddings()
+    if embedding.padding_idx is not None:
+        with torch.no_grad():
+            embedding.weight[embedding.padding_idx].normal_(std=getattr(model.config, "initializer_range", 0.02))
 
 
 def train_tokenizer(vocab_size: int) -> Any:

@@ -20,7 +20,7 @@ from prosparse_core.variants import MODEL, check_folder
 from tasks.chain import require_chain
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 HASHED_WHOLE_BELOW = 2 << 30
 OWN_ACTIVATIONS = {
     "fatrelu": "fatrelu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import BadInput
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     Measure = Callable[[Sequence[float]], dict[str, Measured]]
 
-VERSION = 5
+VERSION = 6
 CETT_TOKENS = 512
 """Calibration tokens on which each layer's CETT is measured."""
 SCOPES = {"grid": "global", "cett": "per_layer"}
@@ -83,7 +84,10 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
     def at(thresholds: Sequence[float]) -> dict[str, Measured]:
         nonlocal tried
         use_thresholds(model, thresholds)
-        found = {corpus: measure(model, *window, **settings) for corpus, window in windows.items()}
+        found = {
+            corpus: replace(measure(model, *window, **settings), share=mixture.shares[corpus])
+            for corpus, window in windows.items()
+        }
         tried += 1
         first, mean = next(iter(found.values())), sum(thresholds) / len(thresholds)
         work.progress.update(
@@ -103,6 +107,7 @@ def _build(work: Work, run: Run, variant: Variant, corpora: Artifact, precision:
         )
     rule = max(curves, key=lambda name: curves[name].best.mixed.sparsity) if section.rule == "best" else section.rule
     work.progress.update(total, total, threshold=curves[rule].chosen)
+    work.progress.note(_ending(curves[rule]))
     _record(work, run, variant, curves, rule, len(find_ffns(model)))
 
 
@@ -136,6 +141,7 @@ def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], ru
                     sparsity=found.sparsity,
                     chosen=name == rule and trial is curve.best,
                     cett=trial.cett,
+                    stopped_by=curve.stopped_by,
                 )
     grid, curve = curves["grid"], curves[rule]
     result: dict[str, Any] = {
@@ -147,6 +153,7 @@ def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], ru
         "cett": curve.best.cett,
         "checkpoint": variant.checkpoint.digest,
         "max_ppl_increase_pct": curve.max_ppl_increase_pct,
+        "window_tokens": run.recipe.data.seq_len,
         **_outcome(curve),
         "global": {"threshold": grid.chosen, **_outcome(grid)},
     }
@@ -156,6 +163,14 @@ def _record(work: Work, run: Run, variant: Variant, curves: dict[str, Curve], ru
     if per_layer is not None and per_layer.best.mixed.sparsity < grid.best.mixed.sparsity:
         work.meta["remark"] = _why_not(per_layer, grid, rule)
         work.progress.note(work.meta["remark"])
+
+
+def _ending(curve: Curve) -> str:
+    """What the search used of its budget, and what ended it."""
+    used = f"{curve.increase_pct(curve.best):+.2f} % of the +{curve.max_ppl_increase_pct:g} % allowed are used"
+    if curve.stopped_by == "budget":
+        return f"{used}: a larger threshold would exceed the budget"
+    return f"{used}: larger thresholds bring no more sparsity than {100 * curve.best.mixed.sparsity:.2f} %"
 
 
 def _why_not(curve: Curve, grid: Curve, rule: str) -> str:
@@ -172,9 +187,10 @@ def _why_not(curve: Curve, grid: Curve, rule: str) -> str:
     )
 
 
-def _outcome(curve: Curve) -> dict[str, float]:
-    """What the chosen trial of a curve costs and brings, on all corpora together."""
+def _outcome(curve: Curve) -> dict[str, Any]:
+    """What the chosen trial of a curve costs and brings, on all corpora together, and what ended the search."""
     return {
+        "stopped_by": curve.stopped_by,
         "ppl_increase_pct": curve.increase_pct(curve.best),
         "sparsity": curve.best.mixed.sparsity,
         "sparsity_gain": curve.sparsity_gain,

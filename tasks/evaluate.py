@@ -15,7 +15,7 @@ from tasks.evaluation.evaluation import Evaluation, harness_version, together
 from tasks.evaluation.held_out import CHOICES_TASK, read_held_out
 from tasks.step import Run, Work
 
-VERSION = 2
+VERSION = 3
 RESULTS = "results.json"
 
 
@@ -93,12 +93,28 @@ def record(work: Work, model: str, variant: Variant, found: Evaluation) -> None:
         work.fact(
             "evaluations",
             variant=variant.id,
-            **{k: v for k, v in asdict(score).items() if k != "partial"},
+            **score.row,
             limit=conditions["limit"] if score.partial else None,
             batch_size=conditions["batch_size"],
             dtype=conditions["precision"],
             harness_version=conditions["harness_version"],
         )
+        if score.documents:
+            work.fact(
+                "document_scores",
+                variant=variant.id,
+                task=score.task,
+                corpus=score.corpus,
+                metric=score.metric,
+                part_of=score.part_of,
+                share=score.share,
+                dtype=conditions["precision"],
+                num_fewshot=score.num_fewshot,
+                window_tokens=score.window_tokens,
+                documents=score.documents,
+                sums=list(score.sums),
+                counts=list(score.counts),
+            )
     thresholds = variant.layer_thresholds()
     for corpus, layers in found.layers.items():
         for layer in layers:
@@ -107,5 +123,5 @@ def record(work: Work, model: str, variant: Variant, found: Evaluation) -> None:
             work.fact("sparsity", variant=variant.id, corpus=corpus, threshold=threshold, **asdict(layer))
     write_json(work.folder / RESULTS, {"conditions": dict(conditions), **found.raw})
     measured = {"perplexity": found.perplexity, "sparsity": found.sparsity, "accuracy": found.accuracy}
-    benchmarks = [asdict(s) for s in found.scores if s.task and s.task != CHOICES_TASK]
+    benchmarks = [{**s.row, "partial": s.partial} for s in found.scores if s.task and s.task != CHOICES_TASK]
     work.meta.update(setting=variant.setting, **measured, **conditions, benchmarks=benchmarks, seconds=found.seconds)

@@ -60,7 +60,7 @@ def main(folder: str, request: Mapping[str, Any]) -> None:
     options = {"trust_remote_code": True, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).to(request["device"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    # The sparsity meter and the harness's rules for BOS go by the name of the dense architecture.
+    # The sparsity meter and the harness's rules go by the name of the dense architecture.
     model.config.model_type = model.config.model_type.removeprefix(PREFIX)
     print(json.dumps(token_perplexities(model, tokenizer, request)))
 

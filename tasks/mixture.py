@@ -12,7 +12,7 @@ from prosparse_core.store import Artifact
 from prosparse_core.variants import MODEL, check_folder
 from tasks.step import Run, Work
 
-VERSION = 3
+VERSION = 4
 UNCOUNTED: Any = {"attend_across_documents": True, "mirror": True, "sources": {"__all__": {"mirror"}}}
 """Keys of ``data`` that do not decide the mixture: how windows are read, and where text lies (what it is says the
 identity of each source)."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prosparse_core.predictor import CutoffMetrics, LayerPredictor
 
 T = TypeVar("T")
-VERSION = 3
+VERSION = 4
 WINDOWS_PER_FORWARD = 4
 HEADLINE_CUTOFF = 0.5
 """A probability of one half: what inference engines use. The nearest cutoff of the recipe is the headline."""

@@ -13,7 +13,8 @@ from typing import IO, Any
 import numpy as np
 
 from prosparse_core.data.chat import ChatFormat, Said
-from prosparse_core.data.documents import ASSISTANT, USER, Document, conversation
+from prosparse_core.data.documents import ASSISTANT, USER, Document, conversation, stable_hash
+from prosparse_core.data.separator import separator_of, special_tokens
 from prosparse_core.errors import BadInput, ProSparseError
 
 LOOKAHEAD = 64
@@ -31,9 +32,10 @@ class Encoded:
 class Encoder:
     """Documents to tokens, in the one format of a tokenizer.
 
-    A text is put between ``prefix`` (BOS, if the tokenizer itself puts it before a text, or if there is no EOS) and
-    ``suffix`` (EOS). A chat is written by the tokenizer's chat template, or plainly between the same prefix and suffix
-    (:mod:`prosparse_core.data.chat`); its labels are what the assistant says and the token that ends each such turn.
+    A text is put between the ``prefix`` and the ``suffix`` of the model's document separator
+    (:mod:`prosparse_core.data.separator`). A chat is written by the tokenizer's chat template, or plainly between the
+    same prefix and suffix (:mod:`prosparse_core.data.chat`); its labels are what the assistant says and the token that
+    ends each such turn.
 
     Raises:
         BadInput: the tokenizer has neither BOS nor EOS, so documents cannot be told apart.
@@ -41,18 +43,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if bos is None and eos is None:
-            raise BadInput(
-                "the tokenizer has neither a BOS nor an EOS token, so documents cannot be separated",
-                hint="set bos_token or eos_token in the model's tokenizer_config.json",
-            )
-        adds_bos = bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
-        self.prefix: list[int] = [bos] if adds_bos or eos is None else []
-        self.suffix: list[int] = [] if eos is None else [eos]
+        self.separator = separator_of(tokenizer)
+        self.prefix, self.suffix = list(self.separator.prefix), list(self.separator.suffix)
         self._format = ChatFormat(tokenizer, "".join(tokenizer.convert_ids_to_tokens(self.suffix)))
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+        self._special = special_tokens(tokenizer)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -63,6 +57,7 @@ class Encoder:
             "eos_token_id": self._tokenizer.eos_token_id,
             "document_prefix": self.prefix,
             "document_suffix": self.suffix,
+            "document_separator": self._tokenizer.convert_ids_to_tokens(self.separator.before),
             "instruction_format": "chat_template" if self._format.uses_template else "plain",
         }
 
@@ -74,6 +69,13 @@ class Encoder:
         """
         before, between, after = self._format.pieces((USER, ASSISTANT))
         return before, between, after
+
+    def lead(self, *, is_chat: bool) -> list[int]:
+        """What precedes a document that nothing else precedes, as another document would in training.
+
+        Nothing where the document's own tokens say it: a chat template writes its own beginning.
+        """
+        return [] if is_chat and self._format.uses_template else [self.separator.before]
 
     def written(self, document: Document) -> str:
         """The text of a chat, as the model reads it."""
@@ -96,14 +98,32 @@ class Encoder:
         found.update({id(d): e for d, e in zip(chats, self._encode_chats(chats), strict=True)})
         return [found[id(d)] for d in documents]
 
-    def cut(self, document: Document, max_tokens: int) -> Encoded:
-        """The document, shortened at a line end so that it has at most ``max_tokens`` tokens. For texts only."""
+    def spans(self, document: Document, max_tokens: int, *key: object) -> Iterator[Encoded]:
+        """The spans of a text that have at most ``max_tokens`` tokens, in an order shuffled by the key; lazily.
+
+        A text with no more tokens is one span. A longer one is cut into as many equal parts as it has that many tokens,
+        and of each part comes the beginning; parts and spans end with a line or else a word, where there is one near.
+        """
         assert document.chat is None
+        encoded, text = self.encode([document])[0], document.text
+        parts = len(encoded.tokens) // max_tokens
+        if len(encoded.tokens) <= max_tokens:
+            yield encoded
+            return
+        length = len(text) / parts
+        edges = [_boundary(text, int((i - 0.25) * length), int(i * length)) for i in range(1, parts)]
+        edges = [0, *edges, len(text)]
+        for part in sorted(range(parts), key=lambda i: stable_hash(*key, document.id, document.file, i)):
+            if edges[part] < edges[part + 1]:
+                yield self._cut(Document(document.id, document.file, text[edges[part] : edges[part + 1]]), max_tokens)
+
+    def _cut(self, document: Document, max_tokens: int) -> Encoded:
+        """The beginning of a text that has at most ``max_tokens`` tokens."""
         encoded = self.encode([document])[0]
         while len(encoded.tokens) > max_tokens:
             text = encoded.document.text
             end = max(1, len(text) * max_tokens // (len(encoded.tokens) + 1))
-            end = text.rfind("\n", 0, end) + 1 or end
+            end = _boundary(text, end // 2, end)
             encoded = self.encode([Document(document.id, document.file, text[:end])])[0]
         return encoded
 
@@ -174,6 +194,11 @@ class Encoder:
             if stop is not None:
                 mask[ending[0] : stop + 1] = 1
         return mask, is_ended
+
+
+def _boundary(text: str, first: int, last: int) -> int:
+    """The last beginning of a line behind ``first`` and up to ``last``, else of a word, else ``last`` itself."""
+    return next((at + 1 for mark in "\n " if (at := text.rfind(mark, first, last)) >= 0), last)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,15 @@ from prosparse_core.errors import BadInput
 from prosparse_core.recipe import Data, Source
 
 SPLITS = ("train", *HELD_OUT_SPLITS)
-MAX_HELD_OUT_TOKENS = 2000
-MIN_HELD_OUT_DOCUMENTS = 8
-"""Held-out texts are cut (longer instructions left out) so that as many are seen, unless very few tokens are asked."""
+LONGEST_CHAT = 512
+"""Tokens of a held-out chat, where a window has fewer."""
 
 
 class _Tally:
     """What went into one split of a corpus."""
 
     def __init__(self) -> None:
-        self.documents = self.tokens = self.windows = self.labels = self.filler = 0
+        self.documents = self.spans = self.tokens = self.windows = self.labels = self.filler = 0
         self.files: set[str] = set()
 
     def add_document(self, document: Document) -> None:
@@ -45,6 +44,7 @@ class _Tally:
     def describe(self) -> dict[str, Any]:
         return {
             "documents": self.documents,
+            **({"spans": self.spans} if self.spans else {}),
             "files": len(self.files),
             "tokens": self.tokens,
             "windows": self.windows,
@@ -89,7 +89,7 @@ class Corpus:
         used: set[Document] = set()
         num_windows = math.ceil(asked / seq_len)
         with Shard(folder, self.name, seq_len, self.is_instruction) as shard:
-            windows = self._pack(self._draw("calibration", asked, drawn))
+            windows = self._pack(self._draw("calibration", drawn))
             for window in itertools.islice(windows, num_windows):
                 shard.add(window)
                 tally.add_window(window)
@@ -103,7 +103,7 @@ class Corpus:
     def _write_evaluation(self, folder: Path, held_out: HeldOut) -> None:
         asked, tally = self._data.evaluation_tokens, _Tally()
         drawn: list[tuple[Document, Encoded]] = []
-        for encoded in self._draw("evaluation", asked, drawn):
+        for encoded in self._draw("evaluation", drawn):
             tally.tokens += len(encoded.tokens)
             tally.labels += int(encoded.mask.sum())
             if tally.tokens >= asked:
@@ -113,17 +113,37 @@ class Corpus:
         self._write_documents(folder, tally, drawn, held_out)
         self.splits["evaluation"] = tally.describe()
 
-    def _draw(self, split: str, asked: int, drawn: list[tuple[Document, Encoded]]) -> Iterator[Encoded]:
-        """The documents of a held-out split, each text once. Those that may be drawn for the other wait for it."""
-        limit = min(max(asked // MIN_HELD_OUT_DOCUMENTS, 512), MAX_HELD_OUT_TOKENS)
+    def _draw(self, split: str, drawn: list[tuple[Document, Encoded]]) -> Iterator[Encoded]:
+        """The documents of a held-out split, each text once. Those that may be drawn for the other wait for it.
+
+        Of a text that is longer than a window comes one span, from a place that its name decides: the heads of files
+        (licences, imports) are unlike the rest. So there are as many documents as the tokens asked for allow; further
+        spans of them come when there are no more.
+        """
+        further: list[tuple[Document, Iterator[Encoded]]] = []
         for document in itertools.chain(tuple(self._candidates), self._read()):
-            if split_of(document.file) != split or document.key in self._drawn:
-                continue
-            cut = self._encoder.cut if document.chat is None else self._encoder.cut_chat
-            if (encoded := cut(document, limit)) is None:
-                continue
-            self._drawn.add(document.key)
-            drawn.append((document, encoded))
+            if split_of(document.file) == split and document.key not in self._drawn:
+                spans = self._spans(document)
+                for encoded in itertools.islice(spans, 1):
+                    self._drawn.add(document.key)
+                    drawn.append((document, encoded))
+                    yield encoded
+                    further.append((document, spans))
+        while further:
+            for pair in tuple(further):
+                following = next(pair[1], None)
+                if following is None:
+                    further.remove(pair)
+                else:
+                    drawn.append((pair[0], following))
+                    yield following
+
+    def _spans(self, document: Document) -> Iterator[Encoded]:
+        """A text's spans of a window's length; a chat without the turns that are too many."""
+        room = self._data.seq_len
+        if document.chat is None:
+            yield from self._encoder.spans(document, room, ORDER, "span")
+        elif (encoded := self._encoder.cut_chat(document, max(room, LONGEST_CHAT))) is not None:
             yield encoded
 
     def _read(self) -> Iterator[Document]:
@@ -143,7 +163,8 @@ class Corpus:
         self, folder: Path, tally: _Tally, found: list[tuple[Document, Encoded]], held_out: HeldOut
     ) -> None:
         write_jsonl(folder / f"{self.name}.jsonl", (_held_out_row(encoded) for _, encoded in found))
-        for document, _ in found:  # whole, where only a part was taken
+        tally.spans = len(found)
+        for document in dict.fromkeys(document for document, _ in found):  # whole, where only a part was taken
             tally.add_document(document)
             held_out.add(document)
 

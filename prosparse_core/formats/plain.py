@@ -96,7 +96,8 @@ def export_vllm(variant: Variant, target: Path, *, strict: bool = False) -> Plai
             f"{range_text(per_layer)} by layer",
         )
     _refuse(notes, strict)
-    readme = _readme("vLLM", f"    vllm serve {target.name}\n\n", threshold, notes)
+    command = f"    vllm serve {target.name} --dtype float32\n\n"
+    readme = _readme("vLLM", command + (_IN_16_BITS if threshold else ""), threshold, notes)
     _write(folder, target, minicpm_config(config, threshold), readme, lambda: None)
     return PlainExport(target, threshold, notes)
 
@@ -128,8 +129,18 @@ def minicpm_config(config: Mapping[str, Any], threshold: float) -> dict[str, Any
     }
 
 
+_IN_16_BITS = (
+    "In 16-bit floats, vLLM's choice unless told, gates that equal the threshold rounded to them are dropped where "
+    "that is less than the threshold; the model keeps these. All other gates are as in 32 bits.\n"
+)
+
+
 def strictly_above(threshold: float) -> float:
-    """The number u with x > u exactly where x >= threshold, for 32-bit floats x that ReLU lets pass; 0 for 0."""
+    """The number u with x > u exactly where x >= threshold, for 32-bit floats x that ReLU lets pass; 0 for 0.
+
+    vLLM compares x of 16 bits with u as it is, the model (see ``activations.FATReLU``) with the threshold rounded to
+    them: the two differ at that one number, where it is less than the threshold.
+    """
     return float(np.nextafter(np.float32(threshold), np.float32(0.0)))
 
 

@@ -14,7 +14,7 @@ CREATE VIEW threshold_held_out AS
     SELECT DISTINCT r.run_id, r.recipe, v.model, v.setting, v.variant, v.thresholds
     FROM run_artifacts r JOIN variant_facts v USING (artifact) WHERE v.thresholds IS NOT NULL)
   SELECT s.run_id, s.recipe, s.model, s.setting, s.variant, p.variant AS variant_before, p.rule, p.scope, p.threshold,
-         p.cett, p.corpus, b.perplexity AS perplexity_before, m.perplexity,
+         p.cett, p.stopped_by, p.corpus, b.perplexity AS perplexity_before, m.perplexity,
          100 * (m.perplexity / b.perplexity - 1) AS perplexity_increase_pct,
          p.perplexity_increase_pct AS promised_increase_pct, b.sparsity AS sparsity_before, m.sparsity,
          m.sparsity - b.sparsity AS sparsity_gain, p.sparsity_gain AS promised_sparsity_gain, s.thresholds AS artifact
@@ -25,4 +25,4 @@ CREATE VIEW threshold_held_out AS
     ON (b.model, b.variant, b.corpus) = (s.model, p.variant, p.corpus) AND b.run_id IS NOT DISTINCT FROM s.run_id;
 COMMENT ON VIEW threshold_held_out IS
   'What the chosen thresholds cost and bring on the evaluation files, beside what the calibration files promised: by '
-  'corpus, and mixed (each token counting once). The budget holds on the calibration files only.';
+  'corpus, and mixed (each by its share of the training mixture). The budget holds on the calibration files only.';

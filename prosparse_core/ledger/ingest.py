@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import EnvironmentProblem, ProSparseError
 from prosparse_core.ledger import schema
+from prosparse_core.ledger.differences import difference_rows
 from prosparse_core.store import FACTS, RECORD, dropped, read_record
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ TABLES = {
     "evaluations": "evaluations",
     "predictors": "predictors",
     "speed": "speed",
+    "document_scores": "document_scores",
 }
 """The names a line of facts.jsonl may give as its table, and where it goes."""
 KEYS = {
@@ -39,6 +41,7 @@ KEYS = {
     "thresholds": ("variant", "rule", "scope", "threshold", "corpus"),
     "evaluations": ("variant", "task", "corpus", "metric", "num_fewshot", "limit"),
     "predictors": ("variant", "layer", "cutoff", "hidden", "label_rule"),
+    "document_scores": ("variant", "task", "corpus", "metric", "num_fewshot"),
 }
 """What makes a row of one artifact unique: two lines with equal keys would be one measurement told twice."""
 
@@ -48,6 +51,7 @@ _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "BIGINT": (int,),
     "INTEGER": (int,),
     "DOUBLE": (int, float),
+    "DOUBLE[]": (list,),
 }
 
 Row = dict[str, Any]
@@ -82,7 +86,11 @@ def ingest_artifact(con: DuckDBPyConnection, folder: Path, home: Path) -> bool:
     if (row["fingerprint"],) in known:
         return False
     if not known:
-        for table, rows in _read_facts(con, folder, row["digest"]).rows.items():
+        facts = _read_facts(con, folder, row["digest"]).rows
+        scores = facts.get("document_scores", [])
+        if scores and (differences := difference_rows(con, row["digest"], scores)):
+            _insert(con, "differences", differences, folder, home)
+        for table, rows in facts.items():
             _insert(con, TABLES[table], rows, folder, home)
     con.execute(
         f"INSERT INTO artifacts ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
@@ -254,6 +262,8 @@ def _typed(row: Row, known: dict[str, tuple[str, bool]], place: str, table: str)
             value = int(value)
         if not isinstance(value, _PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
             raise ProSparseError(f"{place}: {table}.{column} is a {kind}, not {value!r}")
+        if isinstance(value, list) and not all(type(item) in (int, float) for item in value):
+            raise ProSparseError(f"{place}: {table}.{column} is a list of finite numbers, not {str(value)[:80]}")
         typed[column] = value
     return typed
 

@@ -74,13 +74,44 @@ COMMENT ON VIEW suites IS
   'One score per run, variant and column of the paper''s Table 1: the unweighted mean of the benchmarks measured of it. '
   'What not_measured names is missing from the mean: only with nothing there is it the paper''s column.';
 
+CREATE VIEW paired AS
+  SELECT * FROM differences
+  UNION ALL BY NAME
+  SELECT base_artifact AS artifact, base AS variant, artifact AS base_artifact, variant AS base, task, corpus, metric,
+    unit, CASE unit WHEN 'ratio' THEN 1 / value ELSE -value END AS value,
+    CASE unit WHEN 'ratio' THEN 1 / high ELSE -high END AS low,
+    CASE unit WHEN 'ratio' THEN 1 / low ELSE -low END AS high, stderr, num_documents, note
+  FROM differences;
+COMMENT ON VIEW paired IS 'differences from either side, whatever runs the two were measured in.';
+
+CREATE VIEW variant_differences AS
+  SELECT r.run_id, r.recipe, v.model, v.setting, d.variant, w.setting AS base_setting, d.base, d.task, d.corpus,
+    d.metric, d.unit, d.value, d.low, d.high, d.stderr, d.num_documents, d.note, d.artifact, d.base_artifact
+  FROM paired d JOIN run_artifacts r ON r.artifact = d.artifact
+  JOIN run_artifacts b ON b.artifact = d.base_artifact AND b.run_id IS NOT DISTINCT FROM r.run_id
+  JOIN variant_facts v ON (v.artifact, v.variant) = (d.artifact, d.variant)
+  JOIN variant_facts w ON (w.artifact, w.variant) = (d.base_artifact, d.base)
+  QUALIFY row_number() OVER (
+    PARTITION BY r.run_id, d.variant, d.base, d.task, d.corpus, d.metric
+    ORDER BY r.measured_at DESC, b.measured_at DESC, d.artifact, d.base_artifact) = 1;
+COMMENT ON VIEW variant_differences IS
+  'How the variants of a run differ from each other on the same documents, with 95 % intervals from a paired bootstrap '
+  'by document: perplexities as ratios, scores as differences. WHERE base_setting = ''original'' is the table of '
+  'results.';
+
+CREATE VIEW corpus_shares AS
+  SELECT artifact, corpus, any_value(share) AS share FROM evaluations
+  WHERE corpus IS NOT NULL AND share IS NOT NULL GROUP BY ALL;
+COMMENT ON VIEW corpus_shares IS
+  'The share of each corpus in the training mixture behind an evaluation, as the manifest has it: what by_share weighs.';
+
 CREATE VIEW leaderboard AS
   WITH measured AS (
     SELECT r.run_id, r.recipe, v.model, v.setting, v.variant, any_value(v.tokens_seen) AS tokens_seen,
       any_value(v.seed) AS seed, any_value(v.l1) AS l1
     FROM run_artifacts r JOIN variant_facts v USING (artifact) GROUP BY ALL),
   perplexities AS (
-    SELECT r.run_id, v.model, e.variant, e.corpus, e.value, e.stderr, e.n
+    SELECT r.run_id, v.model, e.variant, e.corpus, e.value, e.stderr, e.share, e.window_tokens, e.num_documents
     FROM evaluations e JOIN run_artifacts r USING (artifact)
     JOIN variant_facts v ON (v.artifact, v.variant) = (e.artifact, e.variant)
     WHERE e.metric = 'token_perplexity' AND e.corpus IS NOT NULL AND e.value IS NOT NULL
@@ -91,27 +122,32 @@ CREATE VIEW leaderboard AS
   perplexity AS (
     SELECT run_id, model, variant,
       CASE WHEN bool_or(corpus = 'mixed') THEN any_value(value) FILTER (corpus = 'mixed')
-           WHEN count(n) = count(*) THEN exp(sum(n * ln(value) ORDER BY corpus) / sum(n))
-           ELSE exp(avg(ln(value) ORDER BY corpus)) END AS perplexity,
+           ELSE exp(by_share(ln(value), share, corpus)) END AS perplexity,
       -- Delta method: a relative error of perplexity is an absolute one of its logarithm, which is what is averaged.
       CASE WHEN bool_or(corpus = 'mixed') THEN any_value(stderr / value) FILTER (corpus = 'mixed')
            WHEN count(stderr) < count(*) THEN NULL
-           WHEN count(n) = count(*) THEN sqrt(sum((n * stderr / value)^2 ORDER BY corpus)) / sum(n)
+           WHEN count(share) = count(*) AND sum(share) > 0
+           THEN sqrt(sum((share * stderr / value)^2 ORDER BY corpus)) / sum(share ORDER BY corpus)
            ELSE sqrt(sum((stderr / value)^2 ORDER BY corpus)) / count(*) END AS relative_error,
+      CASE WHEN count(*) = 1 OR bool_or(corpus = 'mixed') THEN NULL
+           WHEN count(share) = count(*) AND sum(share) > 0 THEN 'mixture' ELSE 'equal' END AS weighted_by,
+      CASE WHEN min(window_tokens) = max(window_tokens) THEN min(window_tokens) END AS window_tokens,
+      CASE WHEN count(num_documents) = count(*) THEN sum(num_documents)::BIGINT END AS num_documents,
       map_from_entries(list((corpus, value) ORDER BY corpus)) AS perplexity_by_corpus
     FROM perplexities GROUP BY ALL),
   sparsities AS (
     SELECT r.run_id, v.model, s.variant, s.corpus, avg(s.sparsity ORDER BY s.layer) AS sparsity,
-      avg(s.threshold ORDER BY s.layer) AS threshold
+      avg(s.threshold ORDER BY s.layer) AS threshold, any_value(c.share) AS share
     FROM sparsity s JOIN run_artifacts r USING (artifact)
     JOIN variant_facts v ON (v.artifact, v.variant) = (s.artifact, s.variant)
+    LEFT JOIN corpus_shares c ON (c.artifact, c.corpus) = (s.artifact, s.corpus)
     GROUP BY r.run_id, v.model, s.variant, s.corpus, s.artifact, r.measured_at
     QUALIFY row_number() OVER (
       PARTITION BY r.run_id, v.model, s.variant, s.corpus
       ORDER BY max(s.num_tokens) DESC, r.measured_at DESC, s.artifact) = 1),
   zeros AS (
     SELECT run_id, model, variant, avg(threshold ORDER BY corpus) AS threshold,
-      coalesce(any_value(sparsity) FILTER (corpus = 'mixed'), avg(sparsity ORDER BY corpus)) AS sparsity,
+      coalesce(any_value(sparsity) FILTER (corpus = 'mixed'), by_share(sparsity, share, corpus)) AS sparsity,
       map_from_entries(list((corpus, sparsity) ORDER BY corpus)) AS sparsity_by_corpus
     FROM sparsities GROUP BY ALL),
   accuracies AS (
@@ -127,6 +163,9 @@ CREATE VIEW leaderboard AS
       max(value) FILTER (suite = 'agieval') AS agieval, list_sort(flatten(list(not_measured))) AS incomplete,
       CASE WHEN count(stderr) = 7 THEN sqrt(sum(stderr^2 ORDER BY suite)) / 7 END AS stderr
     FROM suites WHERE suite IN ('code', 'commonsense', 'reading', 'gsm8k', 'mmlu', 'bbh', 'agieval') GROUP BY ALL),
+  originals AS (
+    FROM variant_differences WHERE base_setting = 'original' AND corpus = 'all' AND metric = 'token_perplexity'
+    QUALIFY row_number() OVER (PARTITION BY run_id, model, variant ORDER BY base) = 1),
   absent AS (
     SELECT r.run_id, v.model, e.variant,
       list_sort(list(DISTINCT coalesce(e.task, e.corpus) || ': ' || e.note)) AS not_measured
@@ -134,8 +173,9 @@ CREATE VIEW leaderboard AS
     JOIN variant_facts v ON (v.artifact, v.variant) = (e.artifact, e.variant)
     WHERE e.value IS NULL GROUP BY ALL)
   SELECT m.run_id, m.recipe, m.model, m.setting, m.seed, m.l1, z.sparsity, p.perplexity,
-    p.perplexity * p.relative_error AS perplexity_stderr, s.accuracy, s.accuracy_stderr, s.num_benchmarks, s.partial,
-    z.threshold, z.sparsity_by_corpus, p.perplexity_by_corpus,
+    p.perplexity * p.relative_error AS perplexity_stderr, o.value AS times_original, o.low AS times_original_low,
+    o.high AS times_original_high, s.accuracy, s.accuracy_stderr, s.num_benchmarks, s.partial,
+    p.weighted_by, p.window_tokens, p.num_documents, z.threshold, z.sparsity_by_corpus, p.perplexity_by_corpus,
     c.code, c.commonsense, c.reading, c.gsm8k, c.mmlu, c.bbh, c.agieval,
     CASE WHEN len(c.incomplete) = 0
          THEN (c.code + c.commonsense + c.reading + c.gsm8k + c.mmlu + c.bbh + c.agieval) / 7 END AS average,
@@ -144,6 +184,7 @@ CREATE VIEW leaderboard AS
   FROM measured m
   LEFT JOIN zeros z ON (z.model, z.variant) = (m.model, m.variant) AND z.run_id IS NOT DISTINCT FROM m.run_id
   LEFT JOIN perplexity p ON (p.model, p.variant) = (m.model, m.variant) AND p.run_id IS NOT DISTINCT FROM m.run_id
+  LEFT JOIN originals o ON (o.model, o.variant) = (m.model, m.variant) AND o.run_id IS NOT DISTINCT FROM m.run_id
   LEFT JOIN accuracies s ON (s.model, s.variant) = (m.model, m.variant) AND s.run_id IS NOT DISTINCT FROM m.run_id
   LEFT JOIN columns c ON (c.model, c.variant) = (m.model, m.variant) AND c.run_id IS NOT DISTINCT FROM m.run_id
   LEFT JOIN absent a ON (a.model, a.variant) = (m.model, m.variant) AND a.run_id IS NOT DISTINCT FROM m.run_id;
@@ -161,6 +202,14 @@ CREATE MACRO paper_baseline(metric) AS CASE WHEN metric LIKE 'decode%' THEN 'lla
 COMMENT ON MACRO paper_baseline IS
   'What the paper''s speedups are over: dense torch on its A100 for S2 and S3, for decoding (by PowerInfer) dense '
   'llama.cpp, bound by the host''s CPU.';
+
+CREATE VIEW recipe_tokens AS
+  SELECT run_id, try_cast(regexp_extract(recipe_yaml, 'tokens_per_step: (\d+)', 1) AS BIGINT)
+    * list_max([try_cast(step AS BIGINT) FOR step IN regexp_extract_all(recipe_yaml, 'until_step: (\d+)', 1)])
+    AS recipe_tokens
+  FROM run_starts;
+COMMENT ON VIEW recipe_tokens IS
+  'How many tokens the recipe of a run trains on in all: its last step, times the tokens of a step. NULL without stages.';
 
 CREATE VIEW paper_gap AS
   WITH long AS (
@@ -198,9 +247,10 @@ CREATE VIEW paper_gap AS
       PARTITION BY run_id, model, variant, metric
       ORDER BY dtype IN ('float32', 'fp32') DESC, prompt_tokens NULLS FIRST, provider, dtype, threads, artifact) = 1),
   ours AS (
-    SELECT o.*, b.seed, b.l1
+    SELECT o.*, b.seed, b.l1, b.tokens_seen, t.recipe_tokens
     FROM long o LEFT JOIN leaderboard b
       ON (b.model, b.variant) = (o.model, o.variant) AND b.run_id IS NOT DISTINCT FROM o.run_id
+    LEFT JOIN recipe_tokens t ON t.run_id = o.run_id
     WHERE o.value IS NOT NULL AND o.setting IS NOT NULL),
   paper AS (
     FROM published
@@ -216,7 +266,10 @@ CREATE VIEW paper_gap AS
       CASE WHEN p.value IS NOT NULL AND o.baseline IS NOT NULL
              AND (o.baseline <> paper_baseline(o.metric) OR coalesce(o.device, '') NOT LIKE '%A100%')
            THEN 'ours is on ' || coalesce(o.device, 'an unknown device') || ' over ' || o.baseline
-             || ', the paper''s on an A100 over ' || paper_baseline(o.metric) END],
+             || ', the paper''s on an A100 over ' || paper_baseline(o.metric) END,
+      CASE WHEN p.value IS NOT NULL AND o.tokens_seen BETWEEN 1 AND o.recipe_tokens - 1
+           THEN printf('ours saw %.0f %% of the recipe''s training tokens, the paper''s all of them',
+                       100 * o.tokens_seen / o.recipe_tokens) END],
       lambda part: part IS NOT NULL), '; '), '') AS reason,
     CASE WHEN reason IS NULL THEN o.value - p.value END AS gap,
     p.model AS paper_model, p.source, p.condition, o.variant
@@ -232,6 +285,6 @@ CREATE VIEW paper_gap AS
     WHERE paper_model(o.model) = p.model AND o.setting = p.setting AND lower(o.metric) = lower(p.metric));
 COMMENT ON VIEW paper_gap IS
   'Our numbers beside the published ones, both in per cent (speedups as ratios, over the best dense kernel of the same '
-  'session). There is a gap only where both measured the same: the model, all benchmarks of a mean, and for speedups the '
-  'device and the baseline; else reason says why not. A published number nobody measured here, or one under a condition '
-  'of its own (more tokens, another threshold), has ours NULL.';
+  'session). There is a gap only where both measured the same: the model, all benchmarks of a mean, all tokens of the '
+  'recipe, and for speedups the device and the baseline; else reason says why not. A published number nobody measured '
+  'here, or one under a condition of its own (more tokens, another threshold), has ours NULL.';

@@ -82,7 +82,7 @@ COMMENT ON TABLE sparsity IS
 CREATE TABLE thresholds (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, rule VARCHAR NOT NULL, scope VARCHAR NOT NULL,
   threshold DOUBLE NOT NULL, corpus VARCHAR NOT NULL, num_tokens BIGINT NOT NULL, perplexity DOUBLE, sparsity DOUBLE,
-  chosen BOOLEAN NOT NULL, cett DOUBLE
+  chosen BOOLEAN NOT NULL, cett DOUBLE, stopped_by VARCHAR
 );
 COMMENT ON TABLE thresholds IS
   'The calibration curve: what every tried FATReLU threshold cost in perplexity and brought in sparsity.';
@@ -90,11 +90,33 @@ COMMENT ON TABLE thresholds IS
 CREATE TABLE evaluations (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, task VARCHAR, corpus VARCHAR, metric VARCHAR NOT NULL,
   value DOUBLE, stderr DOUBLE, n BIGINT, num_fewshot INTEGER, "limit" BIGINT, batch_size INTEGER, dtype VARCHAR,
-  harness_version VARCHAR, higher_is_better BOOLEAN, headline BOOLEAN, note VARCHAR,
+  harness_version VARCHAR, higher_is_better BOOLEAN, headline BOOLEAN, note VARCHAR, share DOUBLE,
+  window_tokens BIGINT, num_documents BIGINT,
   CHECK (task IS NOT NULL OR corpus IS NOT NULL), CHECK (value IS NOT NULL OR note IS NOT NULL)
 );
 COMMENT ON TABLE evaluations IS
   'Perplexities by corpus and benchmark scores by task. A NULL value is n/a, and note says why.';
+
+CREATE TABLE document_scores (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, task VARCHAR, corpus VARCHAR, metric VARCHAR NOT NULL,
+  part_of VARCHAR, share DOUBLE, dtype VARCHAR, num_fewshot INTEGER, window_tokens BIGINT,
+  documents VARCHAR NOT NULL, sums DOUBLE[] NOT NULL, counts DOUBLE[] NOT NULL,
+  CHECK (task IS NOT NULL OR corpus IS NOT NULL)
+);
+COMMENT ON TABLE document_scores IS
+  'What each document contributed to a score: what differences between variants are resampled from, for all read the '
+  'same documents.';
+
+-- The only derived numbers that are rows: no SQL draws the same samples in every version. Made when an evaluation is
+-- recorded, from document_scores alone, and made again alike when the ledger is rebuilt.
+CREATE TABLE differences (
+  artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, base_artifact VARCHAR NOT NULL, base VARCHAR NOT NULL,
+  task VARCHAR, corpus VARCHAR, metric VARCHAR NOT NULL, unit VARCHAR NOT NULL, value DOUBLE, low DOUBLE, high DOUBLE,
+  stderr DOUBLE, num_documents BIGINT NOT NULL, note VARCHAR
+);
+COMMENT ON TABLE differences IS
+  'Every difference between two variants that read the same documents, with its 95 % interval from a paired bootstrap '
+  'by document; ask the view variant_differences.';
 
 CREATE TABLE predictors (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, layer INTEGER NOT NULL CHECK (layer >= 0),

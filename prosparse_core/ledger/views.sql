@@ -3,6 +3,14 @@
 CREATE MACRO without_nulls(object) AS json_merge_patch('{}', object);
 COMMENT ON MACRO without_nulls IS 'A JSON object without its null members.';
 
+CREATE MACRO by_share(value, share, corpus) AS
+  CASE WHEN count(share) = count(*) AND sum(share) > 0
+       THEN sum(share * value ORDER BY corpus) / sum(share ORDER BY corpus)
+       ELSE avg(value ORDER BY corpus) END;
+COMMENT ON MACRO by_share IS
+  'The mean over corpora, each by its share of the training mixture, as the paper mixes them; each once where a share '
+  'is not known. The one way in which corpora are taken together, sparsity and log-perplexity alike.';
+
 CREATE MACRO is_baseline(provider) AS provider IN ('torch', 'dense') OR ends_with(provider, '_dense');
 COMMENT ON MACRO is_baseline IS 'Whether an implementation reads every weight: what speedups are measured against.';
 
@@ -54,7 +62,8 @@ CREATE VIEW facts AS
          WHEN higher_is_better IS FALSE THEN 'score' ELSE 'fraction' END AS unit,
     stderr, n,
     without_nulls(json_object('corpus', corpus, 'num_fewshot', num_fewshot, 'limit', "limit", 'batch_size', batch_size,
-      'dtype', dtype, 'harness_version', harness_version, 'note', note)) AS conditions
+      'dtype', dtype, 'harness_version', harness_version, 'window_tokens', window_tokens,
+      'num_documents', num_documents, 'note', note)) AS conditions
   FROM evaluations
   UNION ALL BY NAME
   SELECT artifact, variant, 'sparsity' AS kind, m.name, corpus AS corpus_or_task, m.value, m.unit, num_tokens AS n,
@@ -129,7 +138,8 @@ COMMENT ON VIEW results IS
 CREATE VIEW threshold_tradeoff AS
   SELECT r.run_id, r.recipe, v.model, v.setting, t.variant, t.rule, t.scope, t.corpus, t.threshold, t.sparsity,
          t.perplexity, 100 * (t.perplexity / first_value(t.perplexity) OVER w - 1) AS perplexity_increase_pct,
-         t.sparsity - first_value(t.sparsity) OVER w AS sparsity_gain, t.chosen, t.cett, t.num_tokens, t.artifact
+         t.sparsity - first_value(t.sparsity) OVER w AS sparsity_gain, t.chosen, t.cett, t.stopped_by, t.num_tokens,
+         t.artifact
   FROM thresholds t JOIN run_artifacts r USING (artifact)
   JOIN variant_facts v ON (v.artifact, v.variant) = (t.artifact, t.variant)
   WINDOW w AS (PARTITION BY r.run_id, t.artifact, t.variant, t.rule, t.scope, t.corpus ORDER BY t.threshold);

@@ -125,8 +125,9 @@ def _in_turns(windows: dict[str, Packed]) -> Iterator[tuple[str, Packed]]:
 def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Packed]]:
     """Full windows of the evaluation documents as (corpus, int64 [1, seq_len]), the corpora taking turns.
 
-    So any beginning of the stream has about as much of each corpus. A corpus shorter than ``seq_len`` is one window of
-    its own length; else the incomplete end is left out. The stream ends when every corpus is used up.
+    So any beginning of the stream has about as much of each corpus. The first document follows the separator, as in
+    training every one does. A corpus shorter than ``seq_len`` is one window of its own length; else the incomplete end
+    is left out. The stream ends when every corpus is used up.
     """
     from prosparse_core.data.packing import Encoder
 
@@ -135,14 +136,16 @@ def held_out_windows(mixture: Mixture, tokenizer: Any) -> Iterator[tuple[str, Pa
     for corpus in mixture.corpora:
         documents = mixture.held_out("evaluation", corpus)
         encoded = encoder.encode(documents)
-        tokens = torch.from_numpy(np.concatenate([e.tokens for e in encoded])).long()
+        lead = [] if encoder.prefix else encoder.lead(is_chat=documents[0].chat is not None)
+        parts = [np.array(lead, dtype=np.int32), *(e.tokens for e in encoded)]
+        tokens = torch.from_numpy(np.concatenate(parts)).long()
         length = min(mixture.seq_len, len(tokens))
         whole = len(tokens) // length * length
         positions = None
         if not mixture.attend_across:
             begins = torch.zeros(len(tokens), dtype=torch.bool)
-            places = torch.tensor([0, *(len(e.tokens) for e in encoded[:-1])]).cumsum(0)
-            begins[(places - encoder.num_leading(is_chat=documents[0].prompt is not None)).clamp(min=0)] = True
+            places = torch.tensor([len(lead), *(len(e.tokens) for e in encoded[:-1])]).cumsum(0)
+            begins[(places - encoder.num_leading(is_chat=documents[0].chat is not None)).clamp(min=0)] = True
             positions = positions_of(begins[:whole].view(-1, length))
         windows[corpus] = Packed(tokens[:whole].view(-1, length), positions)
     yield from _in_turns(windows)

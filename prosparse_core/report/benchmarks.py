@@ -10,7 +10,7 @@ from typing import Any
 from prosparse_core.errors import BadInput
 from prosparse_core.report.conditions import conditions
 from prosparse_core.report.data import Record, ReportData
-from prosparse_core.report.format import MINUS, SPACE, count, is_number, pct
+from prosparse_core.report.format import MINUS, SPACE, count, interval, is_number, pct
 from prosparse_core.report.grid import Cell, Column, Grid, escaped
 from prosparse_core.report.names import name_of, order_of
 
@@ -31,24 +31,29 @@ def scores(runs: Sequence[ReportData]) -> Grid:
     columns = [Column("Benchmark", is_number=False), Column("Shots"), Column("Score", is_number=False)]
     columns += [Column(name_of(setting), variant) for setting, variant in variants]
     grid = Grid("Benchmarks", [*columns, *([Column("Difference", "points")] if len(variants) == 2 else [])])
+    differences: dict[str, Record | None] = {}
+    suites: dict[str, list[Record | None]] = {}
     for name in dict.fromkeys(r["benchmark"] for data in runs for r in data["benchmarks"]):
         found = _by_variant(runs, "benchmarks", "benchmark", name)
         first = next(iter(found.values()))
         metric = next((r["metric"] for r in found.values() if r["metric"]), "")
         documents = next((f"{count(r['n'])} documents" for r in found.values() if r["n"]), "")
         line = [Cell(name, documents), Cell(count(first["num_fewshot"])), Cell(metric)]
-        grid.rows.append([*line, *_values(runs, grid, [found.get(v) for _, v in variants])])
+        values = [found.get(v) for _, v in variants]
+        differences[name] = _paired(runs, name, values) if len(variants) == 2 else None
+        suites.setdefault(next((r["suite"] for r in found.values() if r["suite"]), name), []).append(differences[name])
+        grid.rows.append([*line, *_values(runs, grid, values, differences[name])])
     for suite in (s for s in COLUMNS if any(r["suite"] == s for data in runs for r in data["suites"])):
         found = _by_variant(runs, "suites", "suite", suite)
         row = next(iter(found.values()))
         share = "" if row["num_benchmarks"] == row["expected"] else f"{row['num_benchmarks']} of {row['expected']}"
         line = [Cell(f"mean: {suite}", share), Cell(""), Cell("")]
-        grid.rows.append([*line, *_values(runs, grid, [found.get(v) for _, v in variants])])
+        grid.rows.append([*line, *_values(runs, grid, [found.get(v) for _, v in variants], _mean(suites[suite]))])
     board = {r["variant"]: r for data in runs for r in data["leaderboard"]}
     averages = [_average(board.get(v)) for _, v in variants]
     if any(len(data["benchmarks"]) > 1 for data in runs):
         line = [Cell("mean: the seven columns"), Cell(""), Cell("")]
-        grid.rows.append([*line, *_values(runs, grid, averages)])
+        grid.rows.append([*line, *_values(runs, grid, averages, _mean([_mean(suites.get(c, [])) for c in COLUMNS]))])
     return grid
 
 
@@ -73,7 +78,44 @@ def _by_variant(runs: Sequence[ReportData], subject: str, key: str, name: str) -
     return {r["variant"]: r for data in runs for r in data[subject] if r[key] == name}
 
 
-def _values(runs: Sequence[ReportData], grid: Grid, rows: Sequence[Record | None]) -> list[Cell]:
+def _paired(runs: Sequence[ReportData], name: str, rows: Sequence[Record | None]) -> Record | None:
+    """How the second variant differs from the first on the same documents; None where that was not kept."""
+    first, second = rows
+    if not (first and second and is_number(first["value"]) and is_number(second["value"])):
+        return None
+    here = {step["artifact"] for data in runs for step in data["steps"]}
+    shown = second["value"] - first["value"]
+    wanted = (second["variant"], first["variant"], name)
+    for row in (r for data in runs for r in data["differences"]):
+        is_same = (row["variant"], row["base"], row["benchmark"]) == wanted and row["base_artifact"] in here
+        if is_same and math.isclose(row["value"], shown, abs_tol=1e-9):  # of the group, not of one of its tasks
+            return row
+    return None
+
+
+def _mean(found: Sequence[Record | None]) -> Record | None:
+    """The mean of differences that are independent of each other, with its 95 % interval; None unless all have one."""
+    known = [d for d in found if d is not None and is_number(d["stderr"])]
+    if not known or len(known) < len(found):
+        return None
+    value = math.fsum(d["value"] for d in known) / len(known)
+    error = math.sqrt(math.fsum(d["stderr"] ** 2 for d in known)) / len(known)
+    return {
+        "value": value,
+        "low": value - NORMAL * error,
+        "high": value + NORMAL * error,
+        "stderr": error,
+        "note": None,
+    }
+
+
+NORMAL = 1.96
+"""Standard errors from the middle of a 95 % interval to its ends."""
+
+
+def _values(
+    runs: Sequence[ReportData], grid: Grid, rows: Sequence[Record | None], paired: Record | None = None
+) -> list[Cell]:
     cells = []
     for row in rows:
         if row is None:
@@ -86,20 +128,32 @@ def _values(runs: Sequence[ReportData], grid: Grid, rows: Sequence[Record | None
             share = [f"without {', '.join(lacks)}"] if lacks else []
             cells.append(Cell(pct(row["value"], 1), "\n".join([*error, *share])))
     if len(rows) == 2:
-        cells.append(_difference(grid, *rows))
+        first, second = rows
+        cells.append(_difference(grid, first, second, paired))
     return cells
 
 
 NO_REASON = "the evaluation gives no reason"
 
 
-def _difference(grid: Grid, first: Record | None, second: Record | None) -> Cell:
+def _difference(grid: Grid, first: Record | None, second: Record | None, paired: Record | None) -> Cell:
+    """The difference with its interval on the same documents; without one, with the error of two that are independent,
+    which is wide.
+    """
     if not (first and second and is_number(first["value"]) and is_number(second["value"])):
         return grid.missing("one of the two is missing")
+    points = f"{100 * (second['value'] - first['value']):+.1f}".replace("-", MINUS)
+    if paired is not None:
+        between = interval(paired["low"], paired["high"], _points)
+        return Cell(points, f"({between})" if between else f"(interval n/a: {paired['note']})")
     error = ""
     if is_number(first["stderr"]) and is_number(second["stderr"]):
         error = f"± {100 * math.hypot(first['stderr'], second['stderr']):.1f}"
-    return Cell(f"{100 * (second['value'] - first['value']):+.1f}".replace("-", MINUS), error)
+    return Cell(points, error)
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:+.1f}".replace("-", MINUS)
 
 
 def _average(board: Record | None) -> Record | None:
@@ -138,8 +192,11 @@ def page(runs: Sequence[ReportData]) -> str:
     """
     grid = scores(runs)
     how = (
-        "Scores are marked as the paper counts them and carry one standard error; the difference takes the two as "
-        "independent, which is wide, since both read the same documents. Means are unweighted, as in the paper."
+        "Scores are marked as the paper counts them and carry one standard error; a difference has in brackets its "
+        "95 % interval from a paired bootstrap by document, since both read the same. Where scores by document were "
+        "not kept it has ± one standard error of two independent scores, which is wide. Means are unweighted, as in "
+        "the paper. LAMBADA has one candidate: right is what greedy decoding gives, where the paper's rule, the lowest "
+        "perplexity, would have to choose among several."
     )
     limit = _limit(runs[0])
     partial = f" Of each task the first {count(limit)} documents were read, so all but smaller tasks are partial."

@@ -12,6 +12,7 @@ import yaml
 from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger, Table
 from prosparse_core.report.courses import Record, course_order, courses, main_path, seed_order
+from prosparse_core.report.format import count, is_number
 from prosparse_core.report.names import EXPECTED, SETTINGS, factor, seed
 
 __all__ = ["MIXED", "SETTINGS", "Record", "ReportData", "collect"]
@@ -30,6 +31,9 @@ WHERE s.run_id = {run} ORDER BY s.started_at, s.step_id""",
 SELECT DISTINCT l.artifact, l.role, l.input, l.input_step
 FROM lineage l JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDER BY ALL""",
     "leaderboard": "SELECT * FROM leaderboard WHERE run_id = {run} ORDER BY setting, l1, seed, variant",
+    "differences": """
+SELECT p.*, benchmark_of(p.task) AS benchmark FROM paired p JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run}
+ORDER BY p.variant, p.base, p.task, p.corpus, p.metric, p.artifact, p.base_artifact""",
     "comparison": "SELECT * FROM comparison WHERE run_id = {run} ORDER BY setting, l1, variants",
     "matched": "SELECT * FROM matched_sparsity WHERE run_id = {run} ORDER BY setting, variant",
     "printed": """
@@ -57,7 +61,7 @@ FROM evaluations e JOIN run_artifacts r USING (artifact)
 WHERE r.run_id = {run} AND r.step = 'export' ORDER BY e.task, e.metric""",
     "scores": """
 SELECT v.setting, variant, e.task, e.corpus, e.metric, e.value, e.stderr, e.n, e.num_fewshot, e."limit",
-       e.headline, e.dtype, e.batch_size, e.note
+       e.headline, e.dtype, e.batch_size, e.note, e.window_tokens, e.num_documents
 FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
 WHERE r.run_id = {run} AND r.step NOT IN ('substitute', 'export')
   AND (e.task IS NOT NULL OR e.metric = 'token_perplexity')
@@ -71,7 +75,7 @@ WITH asked AS (
          list_sort(list(DISTINCT e.task || ': ' || e.note) FILTER (e.value IS NULL)) AS reasons
   FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)
   WHERE r.run_id = {run} AND e.task IS NOT NULL AND e.corpus IS NULL GROUP BY ALL)
-SELECT a.*, b.metric, b.value, b.stderr, b.n, b.partial, b.not_measured
+SELECT a.*, b.suite, b.metric, b.value, b.stderr, b.n, b.partial, b.not_measured
 FROM asked a LEFT JOIN benchmarks b ON b.run_id = {run} AND (b.variant, b.benchmark) = (a.variant, a.benchmark)
 ORDER BY list_position(
   flatten([members_of(s) FOR s IN ['code', 'commonsense', 'reading', 'gsm8k', 'mmlu', 'bbh', 'agieval']]), a.benchmark
@@ -89,7 +93,7 @@ QUALIFY row_number() OVER (PARTITION BY variant, s.corpus, s.layer ORDER BY r.me
 ORDER BY v.setting, s.corpus, s.layer""",
     "tradeoff": """
 SELECT corpus, threshold, cett, sparsity, perplexity, perplexity_increase_pct, sparsity_gain, chosen, num_tokens,
-       rule, scope, setting, variant
+       rule, scope, setting, variant, stopped_by
 FROM threshold_tradeoff WHERE run_id = {run} ORDER BY setting, variant, rule, corpus, threshold""",
     "held_out": """
 SELECT setting, variant, variant_before, rule, scope, corpus, perplexity_before, perplexity, perplexity_increase_pct,
@@ -220,6 +224,31 @@ class ReportData:
         parts += [seed(row["seed"])] if len({r["seed"] for r in rows}) > 1 else []
         is_alone = sum((r["l1"], r["seed"]) == (row["l1"], row["seed"]) for r in rows) == 1
         return ", ".join(p for p in parts if p) if is_alone and any(parts) else str(variant)
+
+    @property
+    def text(self) -> str:
+        """How held-out text was read, for headings: ``spans of 16 to 40 documents, windows of 512 tokens``."""
+        rows = [r for r in self["scores"] if r["corpus"] and r["metric"] == "token_perplexity" and not r["task"]]
+        sizes = sorted({r["num_documents"] for r in rows if is_number(r["num_documents"])})
+        lengths = sorted({r["window_tokens"] for r in rows if is_number(r["window_tokens"])})
+        few, many = (count(sizes[0]), count(sizes[-1])) if sizes else ("", "")
+        said = [f"spans of {few if few == many else f'{few} to {many}'} documents a corpus"] if sizes else []
+        said += [f"windows of {' or '.join(map(count, lengths))} tokens"] if lengths else []
+        return ", ".join(said)
+
+    @property
+    def weighing(self) -> str:
+        """How corpora are taken together, for headings."""
+        found = {r["weighted_by"] for r in self["leaderboard"]} - {None}
+        by = {"mixture": "by their shares of the training mixture", "equal": "each once: their shares are not known"}
+        return "; ".join(by[f] for f in sorted(found))
+
+    def against(self, variant: Any, base: Any, **what: Any) -> Record | None:
+        """How a variant differs from another on the same documents; None where that was not kept."""
+        rows = [r for r in self["differences"] if (r["variant"], r["base"]) == (variant, base)]
+        here = {step["artifact"] for step in self["steps"]}
+        rows = [r for r in rows if r["base_artifact"] in here]
+        return next((r for r in rows if all(r[k] == v for k, v in what.items())), None)
 
     def main_row(self, setting: str) -> Record:
         """The leaderboard's line of a setting, of the recipe's own seed where there are several; empty if none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, TypeGuard
 
@@ -60,6 +61,12 @@ def pct(fraction: Any, decimals: int = 1) -> str:
 def ratio(value: Any) -> str:
     """``1.93×``."""
     return NA if not is_number(value) else f"{value:.3g}×" if value < 0.1 else f"{value:,.2f}×"
+
+
+def interval(low: Any, high: Any, shown: Callable[[float], str] | None = None) -> str:
+    """``1.09 to 1.24``: a 95 % interval; empty where there is none."""
+    shown = shown or (lambda value: f"{value:,.2f}")
+    return f"{shown(low)} to {shown(high)}" if is_number(low) and is_number(high) else ""
 
 
 def duration(seconds: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prosparse_core.report.data import Record, ReportData
-from prosparse_core.report.format import count, is_number, number, pct, plain, ratio, spread
+from prosparse_core.report.format import count, interval, is_number, number, pct, plain, ratio, spread
 from prosparse_core.report.grid import NOT_APPLICABLE, Cell, Column, Grid
 from prosparse_core.report.names import name_of
 
@@ -17,8 +17,9 @@ def results(data: ReportData) -> Grid:
     corpora = [*data.corpora, *([ALL] if len(data.corpora) > 1 else [])]
     board = {r["variant"]: r for r in data["leaderboard"]}
     columns = [Column("Setting", is_number=False)]
-    for group in ("Token perplexity", "Sparsity"):
-        columns += [Column(c, group=group) for c in corpora] or [Column("", group=group)]
+    groups = (f"Token perplexity{f' ({data.text})' if data.text else ''}", "Sparsity")
+    for group in groups:
+        columns += [Column(c, _all(data, c), group=group) for c in corpora] or [Column("", group=group)]
     columns += [Column("Accuracy", _accuracy_of(data)), Column("Threshold"), Column("Tokens seen")]
     grid = Grid("Results", columns)
     settings = data.settings
@@ -33,6 +34,10 @@ def results(data: ReportData) -> Grid:
         row.append(Cell(count(tokens)) if is_number(tokens) else grid.missing(why))
         grid.rows.append(row)
     return grid
+
+
+def _all(data: ReportData, corpus: str) -> str:
+    return data.weighing if corpus == ALL else ""
 
 
 def score_of(data: ReportData, variant: str | None, corpus: str) -> Record | None:
@@ -58,8 +63,19 @@ def _perplexity(
         why = found["note"] if found and found["note"] and not is_number(value) else why
     if not is_number(value):
         return grid.missing(why)
-    times = ratio(value / dense) if is_number(dense) and dense > 0 and variant != base else ""
-    return Cell(text, "\n".join(p for p in (error, times) if p))
+    parts = [error]
+    if is_number(dense) and dense > 0 and variant != base:
+        parts += times_original(data, variant, base, corpus, value / dense)
+    return Cell(text, "\n".join(p for p in parts if p))
+
+
+def times_original(data: ReportData, variant: Any, base: Any, corpus: str, times: float) -> list[str]:
+    """A perplexity as a multiple of the original's, and its 95 % interval on the same documents."""
+    found = data.against(variant, base, corpus=corpus, metric="token_perplexity")
+    if found is None:
+        return [ratio(times)]
+    between = interval(found["low"], found["high"])
+    return [ratio(times), f"({between})" if between else f"(interval n/a: {found['note']})"]
 
 
 def _sparsity(

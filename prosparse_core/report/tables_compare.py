@@ -144,7 +144,8 @@ def rules(data: ReportData) -> Grid | None:
     on held-out text."""
     rows = [r for r in data["tradeoff"] if r["corpus"] == MIXED]
     columns = [Column("Thresholds", is_number=False), Column("t"), Column("Sparsity", group=_TRIED)]
-    columns += [Column("Perplexity", group=_TRIED), Column("Rise", group=_TRIED), Column("Taken", is_number=False)]
+    columns += [Column("Perplexity", group=_TRIED), Column("Rise", group=_TRIED)]
+    columns += [Column("Ended by", is_number=False, group=_TRIED), Column("Taken", is_number=False)]
     grid = Grid("Threshold rules", [*columns, Column("Rise", group=_HELD_OUT), Column("Sparsity", group=_HELD_OUT)])
     for rule, scope in sorted({(r["rule"], r["scope"]) for r in rows}, key=lambda rs: (rs[1] != "global", rs[0])):
         curve = [r for r in rows if (r["rule"], r["scope"]) == (rule, scope)]
@@ -152,17 +153,20 @@ def rules(data: ReportData) -> Grid | None:
         row = taken or best_within(curve, budget_of(data))
         name = Cell("one for all layers" if scope == "global" else "one per layer", rule)
         if row is None:
-            grid.rows.append([name, *[grid.missing("no threshold of this rule stays within the budget")] * 7])
+            grid.rows.append([name, *[grid.missing("no threshold of this rule stays within the budget")] * 8])
             continue
         t = Cell(plain(row["threshold"]), "" if scope == "global" else "mean over layers")
         rise = row["perplexity_increase_pct"]
         line = [name, t, Cell(pct(row["sparsity"], 2)), Cell(number(row["perplexity"]))]
         line += [Cell(signed(rise)) if is_number(rise) else grid.missing("no threshold 0 was tried")]
+        ending = _ENDED.get(row["stopped_by"])
+        line += [Cell(ending) if ending else grid.missing("what ended the search was not recorded")]
         line += [Cell("yes" if taken else "no"), *_on_held_out(data, grid, taken)]
         grid.rows.append(line)
     return grid if grid.rows else None
 
 
+_ENDED = {"budget": "the budget", "saturated": "sparsity, which larger thresholds do not raise"}
 _TRIED, _HELD_OUT = "Calibration text", "Held-out text"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,24 @@ class Score:
     """Fewer documents were measured than there are."""
     note: str | None = None
     num_fewshot: int = 0
+    share: float | None = None
+    """Of the corpus in the training mixture."""
+    window_tokens: int | None = None
+    num_documents: int | None = None
+    documents: str | None = None
+    """Digest of the documents behind ``sums``, of a headline score; None where they are not kept."""
+    sums: tuple[float, ...] = ()
+    """What each document contributes: nats of its scored tokens, or its score."""
+    counts: tuple[float, ...] = ()
+    """Of how much: scored tokens, or 1."""
+    part_of: str | None = None
+    """The group that the task counts into."""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The score without its documents: a row of the ledger's evaluations, but for the conditions."""
+        left_out = ("partial", "documents", "sums", "counts", "part_of")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,8 @@ class HeldOut:
     choices: list[dict[str, Any]] | None
     """None where they are not wanted, empty where there are none."""
     seq_len: int
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of each corpus in the training mixture, where the manifest has them."""
 
     def sizes(self, limit: int | None) -> list[int]:
         """Characters to be read per task, corpora first: how long each takes, roughly."""
@@ -77,6 +98,7 @@ def read_held_out(folder: Path, corpora: Sequence[str] | None = None, *, choice:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         known = [str(entry["name"]) for entry in manifest["corpora"]]
+        shares = {str(e["name"]): float(e["share"]) for e in manifest["corpora"] if "share" in e}
         seq_len = int(manifest["seq_len"])
     except OSError as error:
         raise BadInput(f"{folder} holds no held-out data: no manifest.json to read ({error.strerror})") from error
@@ -97,7 +119,7 @@ def read_held_out(folder: Path, corpora: Sequence[str] | None = None, *, choice:
     if choice:
         path = folder / EVALUATION / CHOICES_FILE
         questions = _read_jsonl(path, _question, may_be_empty=True) if path.exists() else []
-    return HeldOut(rows, questions, seq_len)
+    return HeldOut(rows, questions, seq_len, shares)
 
 
 def _read_jsonl(
@@ -247,24 +269,58 @@ def ratio_score(metric: str, items: Sequence[tuple[float, int]]) -> tuple[float,
     return value, slope * math.sqrt(len(items) / (len(items) - 1) * squares) / total
 
 
-def corpus_scores(corpus: str, samples: Sequence[dict[str, Any]], *, partial: bool, note: str) -> list[Score]:
-    """Every metric of a corpus from the harness's samples."""
+def digest_of(documents: Iterable[str]) -> str:
+    """What tells whether two lists of documents are the same, in the same order."""
+    return hashlib.blake2b("\0".join(documents).encode(errors="surrogatepass"), digest_size=12).hexdigest()
+
+
+def by_document(names: Sequence[str], samples: Sequence[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """(names, samples) with the spans of one document as one: they are not independent.
+
+    Args:
+        names: of the document of each sample.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, sample in zip(names, samples, strict=True):
+        whole = found.setdefault(name, dict.fromkeys(DENOMINATORS, (0.0, 0)))
+        for metric in DENOMINATORS:
+            whole[metric] = tuple(a + b for a, b in zip(whole[metric], sample[metric], strict=True))
+    return list(found), list(found.values())
+
+
+def corpus_scores(corpus: str, samples: Sequence[dict[str, Any]], documents: str, **known: Any) -> list[Score]:
+    """Every metric of a corpus from one sample per document; ``known`` are fields of the scores, ``note`` among them.
+
+    Args:
+        documents: the digest of which they are.
+    """
+    note = known.pop("note")
     scores = []
     for metric in DENOMINATORS:
         items = [(float(sample[metric][0]), int(sample[metric][1])) for sample in samples]
         value, stderr = ratio_score(metric, items)
-        known = math.isfinite(value)
+        is_known = math.isfinite(value)
         scores.append(
             Score(
                 metric,
-                value if known else None,
+                value if is_known else None,
                 stderr,
                 n=sum(count for _, count in items),
                 higher_is_better=False,
                 corpus=corpus,
                 headline=metric == "token_perplexity",
-                partial=partial,
-                note=note if known else f"beyond the range of a double; {note}",
+                note=note if is_known else f"beyond the range of a double; {note}",
+                num_documents=len(samples),
+                **(_contributions(items, documents) if metric == "token_perplexity" else {}),
+                **known,
             )
         )
     return scores
+
+
+def _contributions(items: Sequence[tuple[float, int]], documents: str) -> dict[str, Any]:
+    return {
+        "documents": documents,
+        "sums": tuple(-loglikelihood for loglikelihood, _ in items),
+        "counts": tuple(float(count) for _, count in items),
+    }

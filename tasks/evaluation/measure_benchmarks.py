@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,8 @@ def _measure(scorer: Any, benchmark: Benchmark, leaf: Leaf, datasets: Datasets, 
     scores = harness_scores(results, leaf.task, headline=benchmark.headline, **how)
     if task.OUTPUT_TYPE == "multiple_choice":
         scores = with_paper_rule(task, results["samples"][leaf.task], scores, scorer.num_scored, benchmark.headline)
+    if leaf.task != benchmark.harness:
+        scores = [replace(s, part_of=benchmark.harness) if s.documents else s for s in scores]
     return Part(tuple(scores), raw)
 
 

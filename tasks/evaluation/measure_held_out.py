@@ -19,17 +19,16 @@ from tasks.evaluation.held_out import (
     NO_CHOICES,
     HeldOut,
     Score,
+    by_document,
     choices_task,
     corpus_scores,
     corpus_task,
+    digest_of,
     read_held_out,
 )
 from tasks.evaluation.parts import Part, Parts
 from tasks.evaluation.scores import harness_scores
 from tasks.evaluation.scoring import evaluating, load_task, make_scorer, quiet, run_task
-
-MIN_LENGTH = 512
-"""Documents are scored in windows of at least this many tokens, as far as the model's context reaches."""
 
 
 def measure_loaded(
@@ -65,7 +64,7 @@ def measure_held_out(
 
     Args:
         limit: at most this many documents per task; marks what it cuts as partial.
-        max_length: tokens per window; default ``max(512, seq_len)``. Never beyond the model's context.
+        max_length: tokens per window; default ``seq_len``, as in training. Never beyond the model's context.
         parts: what an interrupted attempt has measured is taken from there, and what is measured now is kept there.
 
     Raises:
@@ -76,7 +75,7 @@ def measure_held_out(
         raise BadInput(f"limit={limit}: at least 1 document per task")
     progress, parts = progress or Silent(), parts or Parts()
     context = getattr(model.config, "max_position_embeddings", None)
-    max_length = max_length or max(MIN_LENGTH, held_out.seq_len)
+    max_length = max_length or held_out.seq_len
     max_length = min(max_length, context) if context else max_length
     encoder = Encoder(tokenizer)
     sizes = held_out.sizes(limit)
@@ -91,7 +90,8 @@ def measure_held_out(
 
         for number, (corpus, rows) in enumerate(held_out.corpora.items()):
             follow(corpus, number)
-            measure = partial(_measure_corpus, scorer, model, encoder, corpus, rows, limit, about)
+            share = held_out.shares.get(corpus)
+            measure = partial(_measure_corpus, scorer, model, encoder, corpus, rows, limit, about, share)
             found[corpus] = parts.get(f"corpus {corpus}", measure)
         if held_out.choices:
             follow(CHOICES_TASK, len(found))
@@ -122,6 +122,7 @@ def _measure_corpus(
     rows: Sequence[dict[str, Any]],
     limit: int | None,
     about: str,
+    share: float | None,
 ) -> Part:
     raw: dict[str, dict[str, Any]] = {}
     rows, labels = _conversations(corpus, rows, encoder, scorer.prefix_token_id)
@@ -134,10 +135,20 @@ def _measure_corpus(
         if not any(sample["token_perplexity"][1] for sample in samples):
             raise BadInput(f"corpus {corpus!r}: the tokenizer makes not one token of its documents")
         layers = tuple(meter.layers())
-    note = f"stderr by the delta method over {len(samples)} documents; {about}"
+    read = [rows[sample["doc_id"]] for sample in samples]
+    names, whole = by_document([row["id"] for row in read], samples)
+    note = f"stderr by the delta method over {len(names)} documents; {about}"
     note += "; loss on the answers only" if contexts[0] is not None else ""
     note += "; loss on the assistant's turns only" if labels else ""
-    scores = corpus_scores(corpus, samples, partial=len(samples) < len(rows), note=note)
+    scores = corpus_scores(
+        corpus,
+        whole,
+        digest_of(part for row in read for part in (row["id"], row["prompt"] or "", row.get("read", row["text"]))),
+        partial=len(samples) < len(rows),
+        note=note,
+        share=share,
+        window_tokens=scorer.max_length,
+    )
     return Part(tuple(scores), raw, layers)
 
 
@@ -150,7 +161,7 @@ def _measure_choices(scorer: Any, choices: Sequence[dict[str, Any]], limit: int 
 
 def _conversations(
     corpus: str, rows: Sequence[dict[str, Any]], encoder: Encoder, prefix: int
-) -> tuple[Sequence[dict[str, Any]], dict[str, tuple[list[int], list[bool]]]]:
+) -> tuple[Sequence[dict[str, Any]], dict[str, tuple[list[int], list[bool], list[int]]]]:
     """The rows of a corpus of conversations with the text that is read of each (``read``); and by that text its tokens
     after the prefix, with those of the assistant's turns marked, as in training.
     """
@@ -162,8 +173,10 @@ def _conversations(
     read = [encoder.written(document) for document in documents]
     labels = {}
     for text, encoded in zip(read, encoder.encode(documents), strict=True):
-        start = int(encoded.tokens[0] == prefix)
-        labels[text] = (encoded.tokens[start:].tolist(), encoded.mask[start:].astype(bool).tolist())
+        tokens = [*encoder.lead(is_chat=True), *encoded.tokens.tolist()]
+        start = 1 + int(tokens[:2] == [prefix, prefix])  # the plain format writes a BOS of its own
+        mask = encoded.mask.astype(bool).tolist()
+        labels[text] = (tokens[start:], mask[len(mask) - len(tokens) + start :], tokens[:1])
     return [{**row, "read": text} for row, text in zip(rows, read, strict=True)], labels
 
 

@@ -67,7 +67,10 @@ def _read(path: Path) -> Part | None:
     """None where there is none, or none that can be read: then it is measured again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        scores = tuple(Score(**score) for score in found["scores"])
+        scores = tuple(
+            Score(**{**score, "sums": tuple(score["sums"]), "counts": tuple(score["counts"])})
+            for score in found["scores"]
+        )
         layers = tuple(LayerSparsity(**layer) for layer in found["layers"])
         return Part(scores, found["raw"], layers, found["seconds"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from tasks.evaluation.benchmarks import GREEDY, PPL, Benchmark
-from tasks.evaluation.held_out import Score
+from tasks.evaluation.held_out import Score, digest_of
+
+NO_DOCUMENTS: dict[str, Any] = {"documents": None, "sums": (), "counts": (), "part_of": None}
 
 
 def harness_scores(
@@ -30,11 +32,12 @@ def harness_scores(
         items = [sample[metric] for sample in samples if sample["filter"] == filter_ and metric in sample]
         value = float(result[key])
         known = math.isfinite(value)
+        error = _harness_error(metric, value, items) if known else None
         scores.append(
             Score(
                 name,
                 value if known else None,
-                _harness_error(metric, value, items) if known else None,
+                error,
                 n=len(items),
                 higher_is_better=bool(higher.get(metric, True)),
                 task=task,
@@ -42,9 +45,29 @@ def harness_scores(
                 partial=partial,
                 note=note if known else f"not a finite number; {note}",
                 num_fewshot=num_fewshot,
+                **(_contributions(samples, filter_, items) if name == first and _is_mean(value, items) else {}),
             )
         )
     return scores
+
+
+def _is_mean(value: float, items: Sequence[Any]) -> bool:
+    if not items or not all(isinstance(item, int | float) for item in items):
+        return False
+    return math.isclose(math.fsum(items) / len(items), value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _contributions(samples: Sequence[Mapping[str, Any]], filter_: str | None, each: Sequence[float]) -> dict[str, Any]:
+    """What each question contributes to a score that is their mean."""
+    read = [str(s["doc_hash"]) for s in samples if filter_ is None or s["filter"] == filter_]
+    if len(read) != len(each):
+        return {}
+    return {
+        "documents": digest_of(read),
+        "sums": tuple(map(float, each)),
+        "counts": (1.0,) * len(each),
+        "num_documents": len(each),
+    }
 
 
 def _harness_error(metric: str, value: float, items: Sequence[Any]) -> float | None:
@@ -99,8 +122,12 @@ def with_paper_rule(
     ours = []
     for metric, each in right.items():
         value, stderr = mean_and_error(each)
-        ours.append(replace(harness, metric=metric, value=value, stderr=stderr, headline=metric == headline))
-    return [*ours, *(replace(s, headline=s.headline and headline not in right) for s in scores)]
+        is_first = metric == headline
+        own = {**NO_DOCUMENTS, **(_contributions(samples, None, each) if is_first else {})}
+        ours.append(replace(harness, metric=metric, value=value, stderr=stderr, headline=is_first, **own))
+    if headline in right:
+        scores = [replace(s, headline=False, **NO_DOCUMENTS) for s in scores]
+    return [*ours, *scores]
 
 
 def group_scores(benchmark: Benchmark, measured: Sequence[Score], absent: Mapping[str, str]) -> list[Score]:
@@ -128,6 +155,8 @@ def group_scores(benchmark: Benchmark, measured: Sequence[Score], absent: Mappin
                 n=sum(s.n for s in first),
                 partial=any(s.partial for s in first),
                 note=note,
+                num_documents=sum(s.num_documents or 0 for s in first) or None,
+                **NO_DOCUMENTS,
             )
         )
     for metric in dict.fromkeys(s.metric for s in measured):
@@ -147,6 +176,7 @@ def group_scores(benchmark: Benchmark, measured: Sequence[Score], absent: Mappin
                 headline=False,
                 partial=any(s.partial for s in alike),
                 note=f"{note}, weighted by their questions",
+                **NO_DOCUMENTS,
             )
         )
     return found

@@ -1,4 +1,4 @@
-"""How evaluate runs a model under the harness: windows, padding, precision, BOS, stops, and the sparsity meter."""
+"""How evaluate runs a model under the harness: windows, padding, precision, separator, stops, the sparsity meter."""
 
 from __future__ import annotations
 
@@ -127,8 +127,12 @@ def score_windows(
 
 
 def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size: int, max_length: int) -> Any:
-    """The harness's model: HFLM with our precision, one BOS at the head of every sequence, and a sparsity meter."""
+    """The harness's model: HFLM with our precision, one separator before every sequence, and a sparsity meter."""
     from lm_eval.models.huggingface import HFLM
+
+    from prosparse_core.data.packing import Encoder
+
+    encoder = Encoder(tokenizer)
 
     if tokenizer.pad_token_id is None:
         # The harness would set one on the caller's tokenizer. Which token pads is of no consequence: it is masked.
@@ -139,15 +143,22 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
         meter: SparsityMeter | None = None
         ends_prompt_as_written = False
         """A prompt ends where its format says; else the harness's rule: its last white space belongs to the answer."""
-        labels: Mapping[str, tuple[Sequence[int], Sequence[bool]]] = MappingProxyType({})
-        """Of conversations: their tokens, and which of them the assistant says; only these are scored."""
+        labels: Mapping[str, tuple[Sequence[int], Sequence[bool], list[int]]] = MappingProxyType({})
+        """Of conversations: their tokens, which of them the assistant says (only these are scored), and what stands
+        before: the separator, or the first token that a chat template writes."""
         on_progress: Callable[[float], None] = staticmethod(lambda share: None)
 
         def __init__(self) -> None:
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+                prefix_token_id=encoder.separator.before,
+            )
             self.num_scored: dict[tuple[str, ...], int] = {}
             self.num_truncated = 0
-            self.prefix_kind = "EOS, for want of a BOS" if self.tokenizer.bos_token_id is None else "BOS"
+            self.prefix_kind = "BOS" if encoder.prefix else "between documents, in training as here"
             self.prefix = self.tokenizer.convert_ids_to_tokens(self.prefix_token_id)
 
         def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
@@ -161,16 +172,23 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
                 ids = self.tok_encode(continuation) if joins else ids[len(context_ids) :]
             else:
                 context_ids, ids = super()._encode_pair(context, continuation)
-            bos = self.tokenizer.bos_token_id
-            return ([] if bos is None or context_ids[:1] == [bos] else [bos]) + context_ids, ids
+            return self._lead(context_ids) + context_ids, ids
+
+        def _lead(self, ids: list[int]) -> list[int]:
+            """What goes before a context, unless it is written there already."""
+            is_led = ids[:1] in ([self.prefix_token_id], [self.tokenizer.bos_token_id])
+            return [] if is_led else encoder.lead(is_chat=self.ends_prompt_as_written)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-            encoded, head = [], [self.prefix_token_id]
+            encoded = []
             for request in requests:
-                ids = self.labels[request.args[0]][0] if self.labels else self.tok_encode(request.args[0])
+                if self.labels:
+                    ids, _, head = self.labels[request.args[0]]
+                else:
+                    ids, head = self.tok_encode(request.args[0]), [self.prefix_token_id]
                 encoded.append((request.args, head, ids))
             return [loglikelihood for loglikelihood, _ in self._loglikelihood_tokens(encoded)]
 
@@ -210,7 +228,7 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
             return list(zip(totals, greedy, strict=True))
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            """Greedy continuations up to a stop string; each prompt begins with one BOS, also when its front is cut."""
+            """Greedy continuations up to a stop string; each prompt follows one separator, also with its front cut."""
             settings = requests[0].args[1]
             assert all(r.args[1] == settings for r in requests), "one task at a time"
             if settings.get("do_sample"):
@@ -219,15 +237,15 @@ def make_scorer(model: Any, tokenizer: Any, *, precision: Precision, batch_size:
                 )
             stops = [settings["until"]] if isinstance(settings["until"], str) else list(settings["until"])
             max_new = min(int(settings["max_gen_toks"]), max(1, self.max_length // 2))
-            head = [self.prefix_token_id]
             prompts = []
             for request in requests:
                 ids = self.tok_encode(request.args[0])
+                head = self._lead(ids) or ids[:1]
                 ids = ids[1:] if ids[:1] == head else ids
                 room = self.max_length - max_new - 1
                 self.num_truncated += len(ids) > room
                 prompts.append(head + ids[max(0, len(ids) - room) :])
-            ends = {self.tokenizer.eos_token_id} - {None}
+            ends = {self.tokenizer.eos_token_id, *encoder.suffix} - {None}
             # A stop string of n bytes lies within the last n tokens, and within n more where a token is half of one.
             tail = 2 * max((len(stop.encode()) for stop in stops), default=0)
 

@@ -14,7 +14,7 @@ from prosparse_core.store import Artifact
 
 MODEL = "example-model"
 CORPORA = {"code": 1000, "docs": 3000}
-"""Held-out corpora and their tokens."""
+"""Held-out corpora and their tokens; their shares of the mixture are the same."""
 TOKENS = 4096
 
 
@@ -121,6 +121,7 @@ def _shift(home: Path, ledger: Ledger, run_id: str, row: Row, checkpoint: Artifa
             "sparsity": row.sparsity + t,
             "chosen": (rule, t) == ("cett", 0.02),
             "cett": t if rule == "cett" else None,
+            "stopped_by": "budget" if rule == "grid" else "saturated",
         }
         for rule, scope, cost in (("grid", "global", 0.9), ("cett", "per_layer", 0.4))
         for t in (0.0, 0.01, 0.02, 0.04)
@@ -166,6 +167,7 @@ def measured(row: Row, variant: dict[str, Any]) -> list[dict[str, Any]]:
     facts: list[dict[str, Any]] = [variant]
     for (corpus, n), value in zip(CORPORA.items(), row.perplexities, strict=True):
         score = {"metric": "token_perplexity", "value": value, "stderr": row.stderr, "n": n}
+        score["share"] = n / sum(CORPORA.values())
         facts.append({**same, **score, "corpus": corpus, "higher_is_better": False})
         for layer, shift in enumerate((-0.01, 0.01)):
             zeros = row.sparsity + shift if row.sparsity else 0.0

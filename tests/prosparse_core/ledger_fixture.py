@@ -17,6 +17,8 @@ from prosparse_core.store import FACTS, Artifact, Store, fingerprint
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m"
 CORPORA = ("instruction", "package-docs", "python-code")
+SHARES = (0.5, 0.3, 0.2)
+"""Of the training mixture; the held-out tokens are as 1 to 2 to 3."""
 NUM_LAYERS = 4
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2)
 CHOSEN = 0.15
@@ -150,7 +152,8 @@ def evaluation_facts(
     same = {"num_fewshot": 0, "batch_size": 4, "dtype": "fp32", "harness_version": "0.4.13"}
     facts = [variant]
     for i, corpus in enumerate(CORPORA):
-        conditions = {**same, "corpus": corpus, "n": 1000 * (i + 1), "higher_is_better": False}
+        conditions = {**same, "corpus": corpus, "n": 1000 * (i + 1), "higher_is_better": False, "share": SHARES[i]}
+        conditions |= {"window_tokens": 512, "num_documents": 20}
         for metric, value in (("token_perplexity", perplexity + i), ("byte_perplexity", 1.5 + 0.1 * i)):
             facts.append({"table": "evaluations", "variant": name, "metric": metric, "value": value, **conditions})
         for layer in range(NUM_LAYERS):

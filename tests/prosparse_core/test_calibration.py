@@ -15,9 +15,9 @@ GRID = [0.0, 0.05, 0.1, 0.2, 0.4]
 
 
 def curve_of(**rise: Callable[[float], float]) -> Callable[[float], dict[str, Measured]]:
-    """Corpora whose perplexity is 10 * (1 + rise(t)), sparsity 0.5 + t."""
+    """Corpora whose perplexity is 10 * (1 + rise(t)), sparsity 0.5 + t up to all of x1."""
     return lambda t: {
-        corpus: Measured(nll=1000 * math.log(10 * (1 + f(t))), num_tokens=1000, sparsity=0.5 + t)
+        corpus: Measured(nll=1000 * math.log(10 * (1 + f(t))), num_tokens=1000, sparsity=min(1.0, 0.5 + t))
         for corpus, f in rise.items()
     }
 
@@ -42,7 +42,7 @@ def test_a_curve_with_a_step_is_closed_in_on() -> None:
     assert curve.chosen == pytest.approx(0.07, abs=1e-3)
 
 
-def test_the_budget_is_the_mixtures_every_token_counting_once() -> None:
+def test_the_budget_is_the_mixtures() -> None:
     curve = calibrate(curve_of(a=lambda t: 0.0, b=lambda t: t / 5), GRID, 1.0, refine=6)
     # sqrt(1 + t / 5) = 1.01 at t = 0.1005
     assert curve.chosen == pytest.approx(0.1005, abs=0.1 / 2**5)
@@ -57,13 +57,73 @@ def test_the_walk_stops_once_the_budget_is_far_behind() -> None:
         asked.append(t)
         return curve_of(a=lambda t: 5 * t)(t)
 
-    curve = calibrate(measure, GRID, 1.0, refine=0)
-    assert asked == [0.0, 0.05]
-    assert curve.chosen == 0.0
+    calibrate(measure, GRID, 1.0, refine=0)
+    assert asked[:2] == [0.0, 0.05]
+    assert max(asked) == 0.05
 
 
-def test_a_curve_that_never_breaks_the_budget_takes_the_last_threshold() -> None:
-    assert calibrate(curve_of(a=lambda t: -t), GRID, 1.0).chosen == 0.4
+def test_below_the_first_threshold_there_are_others() -> None:
+    """The first one beyond 0 is over the budget: nothing is used of it before smaller ones are tried."""
+    for refine in (0, 2):
+        curve = calibrate(curve_of(a=lambda t: 5 * t), GRID, 1.0, refine=refine)
+        assert 0.001 < curve.chosen < 0.00201
+        assert curve.increase_pct(curve.best) <= 1.0
+        assert curve.stopped_by == "budget"
+    never = calibrate(curve_of(a=lambda t: 1.0 if t > 0 else 0.0), GRID, 1.0, refine=0)
+    assert (never.chosen, never.stopped_by) == (0.0, "budget")
+    assert never.trials[1].mixed.sparsity - 0.5 < 1e-3, "where thresholds bring nothing the search ends"
+
+
+def test_a_grid_that_ends_within_the_budget_is_gone_beyond() -> None:
+    """Seen: thresholds at the end of the grid, +0.0 % used of +1 %, and nothing said."""
+    for refine, least in ((0, 0.09), (4, 0.0995)):
+        curve = calibrate(curve_of(a=lambda t: t * t), [0.0, 0.01, 0.03], 1.0, refine=refine)
+        assert curve.stopped_by == "budget"
+        assert least * (0.6 if refine == 0 else 1) < curve.chosen <= 0.1
+        assert curve.increase_pct(curve.trials[-1]) > 1.0, "the one that showed where the budget ends"
+    assert calibrate(curve_of(a=lambda t: t * t), [0.0], 1.0, refine=6).chosen == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_paper_s_grid_and_its_choice_stay_where_the_budget_ends_within_it() -> None:
+    grid = [0.0, 0.005, 0.01, 0.02, 0.03]
+    curve = calibrate(curve_of(a=lambda t: (t / 0.012) ** 2 / 100), grid, 1.0, refine=0)
+    assert (curve.chosen, curve.stopped_by) == (0.01, "budget")
+    assert {t.threshold for t in curve.trials} <= set(grid)
+
+
+def test_without_a_price_the_search_ends_where_sparsity_does() -> None:
+    all_zero = calibrate(curve_of(a=lambda t: -t / 100), GRID, 1.0)
+    assert (all_zero.chosen, all_zero.best.mixed.sparsity, all_zero.stopped_by) == (0.8, 1.0, "saturated")
+
+    def levelling(t: float) -> dict[str, Measured]:
+        return {"a": Measured(1000.0, 1000, 0.9 * (1 - math.exp(-t / 0.05)))}
+
+    curve = calibrate(levelling, GRID, 1.0)
+    assert curve.stopped_by == "saturated"
+    assert curve.chosen == 0.4, "0.8 adds less than 0.1 points: it is tried, not taken"
+    assert curve.trials[-1].threshold == 0.8
+
+
+def test_a_grid_far_below_the_activations_is_left_behind() -> None:
+    """Activations around 50: the first doublings bring nothing, which is no saturation."""
+
+    def far(t: float) -> dict[str, Measured]:
+        return {"a": Measured(1000 * math.log(10 * (1 + (t / 100) ** 2)), 1000, 0.5 + 0.5 * float(t > 8))}
+
+    curve = calibrate(far, GRID, 1.0, refine=8)
+    assert curve.stopped_by == "budget"
+    assert 8 < curve.chosen <= 10
+    dense = calibrate(lambda t: {"a": Measured(1000.0, 1000, 0.0)}, GRID, 1.0)
+    assert (dense.chosen, dense.stopped_by) == (0.4, "saturated")
+    assert dense.trials[-1].threshold == 0.4 * 2**12
+
+
+def test_corpora_count_by_their_share_of_the_mixture() -> None:
+    parts = {"a": Measured(100.0, 50, 0.8, share=0.75), "b": Measured(400.0, 100, 0.4, share=0.25)}
+    mixed = Trial(0.0, {**parts, "c": Measured(9000.0, 900, 0.1, share=0.0)}).mixed
+    assert mixed.perplexity == pytest.approx(math.exp(0.75 * 2 + 0.25 * 4))
+    assert mixed.sparsity == pytest.approx(0.75 * 0.8 + 0.25 * 0.4)
+    assert mixed.num_tokens == 1050
 
 
 def test_a_dip_after_the_budget_was_broken_is_not_taken() -> None:
@@ -135,3 +195,14 @@ def test_a_budget_that_is_never_reached_takes_the_last_cett() -> None:
     flat = Trial(0.0, curve_of(a=lambda t: 0.0)(0.0))
     curve = calibrate_cett(lambda per_layer: flat.per_corpus, layers.thresholds_at, flat, 1.0)
     assert curve.best.cett == CETTS[-1]
+    assert curve.stopped_by == "saturated"
+
+
+def test_a_cett_beyond_the_grid_and_one_below_it() -> None:
+    layers = Layers()
+    base = Trial(0.0, curve_of(a=lambda t: 0.0)(0.0))
+    for grid in ([0.0, 0.01], [0.0, 0.9]):
+        curve = calibrate_cett(layers.measure, layers.thresholds_at, base, 1.0, refine=0, cetts=grid)
+        assert curve.stopped_by == "budget"
+        assert curve.best.cett is not None
+        assert 0.03 < curve.best.cett <= 0.0667

@@ -10,6 +10,8 @@ from prosparse_core.random_model import build_random
 from prosparse_core.variants import MODEL, load_model
 
 CONTEXT = 96
+WINDOW = 64
+"""Tokens of a window of the held-out files below, as of one in training."""
 CONFIG = {
     "vocab_size": 400,
     "hidden_size": 32,
@@ -43,7 +45,7 @@ QUESTIONS = [
 ]
 
 
-def write_held_out(folder: Path, *, choices: bool = True, seq_len: int = 64) -> Path:
+def write_held_out(folder: Path, *, choices: bool = True, seq_len: int = WINDOW) -> Path:
     """Two corpora of text, one of instructions, and (``choices``) the questions."""
     (folder / "evaluation").mkdir(parents=True)
     rows: dict[str, list[dict[str, Any]]] = {
@@ -67,6 +69,6 @@ def write_held_out(folder: Path, *, choices: bool = True, seq_len: int = 64) -> 
 
 
 def make_model(folder: Path) -> tuple[Any, Any]:
-    """A random LLaMA and its tokenizer, whose BOS is <|im_start|>."""
+    """A random LLaMA and its tokenizer, which does not put its BOS <|im_start|> before a text: <|im_end|> separates."""
     build_random("llama", CONFIG, 3, folder / MODEL)
     return load_model(folder / MODEL)

@@ -21,7 +21,7 @@ from tasks.evaluate import evaluate
 from tasks.evaluation.evaluation import Evaluation
 from tasks.evaluation.measure_held_out import measure_loaded
 from tasks.step import Run
-from tests.tasks.held_out_files import CONTEXT, PROMPTS, QUESTIONS, TEXTS, make_model, write_held_out
+from tests.tasks.held_out_files import CONTEXT, PROMPTS, QUESTIONS, TEXTS, WINDOW, make_model, write_held_out
 
 
 @pytest.fixture(scope="module")
@@ -46,29 +46,29 @@ def nll(model: Any, context: list[int], continuation: list[int]) -> tuple[float,
     total, inputs, seen = 0.0, 0, []
     whole, start = context + continuation, len(context)
     handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0][0].clone()))
-    end = max(CONTEXT + 1, start + CONTEXT // 2)
+    end = max(WINDOW + 1, start + WINDOW // 2)
     while start < len(whole):
         end = min(end, len(whole))
-        ids = torch.tensor(whole[max(0, end - 1 - CONTEXT) : end])
+        ids = torch.tensor(whole[max(0, end - 1 - WINDOW) : end])
         with torch.no_grad():
             logits = model(input_ids=ids[None, :-1]).logits[0].double()
         count = end - start
         total += float(torch.nn.functional.cross_entropy(logits[-count:], ids[-count:], reduction="sum"))
         inputs += len(ids) - 1
-        start, end = end, end + CONTEXT
+        start, end = end, end + WINDOW
     handle.remove()
     return total, seen, inputs
 
 
 def twin(model: Any, tokenizer: Any, corpus: str) -> tuple[float, int, torch.Tensor, int]:
     """(nats, tokens, x1 of the first layer, inputs) of a corpus."""
-    bos = [tokenizer.bos_token_id]
+    separator = [tokenizer.eos_token_id]
     if corpus in TEXTS:
-        pairs = [(bos, tokenizer(text)["input_ids"]) for text in TEXTS[corpus]]
+        pairs = [(separator, tokenizer(text)["input_ids"]) for text in TEXTS[corpus]]
     else:
         before, between, _ = Encoder(tokenizer).chat_format()
         heads = [(tokenizer(f"{before}{p}{between}")["input_ids"], text) for p, text in PROMPTS[corpus]]
-        assert all(head[:1] == bos for head, _ in heads), "this chat template begins with BOS"
+        assert all(head[0] == tokenizer.bos_token_id for head, _ in heads), "what its chat template begins with"
         pairs = [(head, tokenizer(text)["input_ids"]) for head, text in heads]
     parts = [nll(model, context, continuation) for context, continuation in pairs]
     x1 = torch.cat([x for _, seen, _ in parts for x in seen])
@@ -129,10 +129,10 @@ def test_only_the_turns_of_the_assistant_are_scored(tiny: tuple[Any, Any], tmp_p
             labels += [turn["role"] == "assistant" and len(head) <= k <= end for k in range(len(part))]
             tokens += part
         assert tokens == tokenizer(after, add_special_tokens=False)["input_ids"]
-        at = 1  # the first token is BOS: nothing before it
+        at = 1  # the first token is what the template begins with: nothing before it
         while at < len(tokens):
-            stop = min(len(tokens), at + CONTEXT)
-            ids = torch.tensor(tokens[max(0, stop - 1 - CONTEXT) : stop])
+            stop = min(len(tokens), at + WINDOW)
+            ids = torch.tensor(tokens[max(0, stop - 1 - WINDOW) : stop])
             with torch.no_grad():
                 logits = model(input_ids=ids[None, :-1]).logits[0].double()[at - stop :]
             loss = torch.nn.functional.cross_entropy(logits, ids[at - stop :], reduction="none")
@@ -159,7 +159,7 @@ def test_accuracy_equals_plain_torch(tiny: tuple[Any, Any], found: Evaluation) -
         for choice in choices:
             whole = tokenizer(question + choice)["input_ids"]
             assert whole[: len(head)] == head
-            lls.append(-nll(model, [tokenizer.bos_token_id, *head], whole[len(head) :])[0])
+            lls.append(-nll(model, [tokenizer.eos_token_id, *head], whole[len(head) :])[0])
         right += lls.index(max(lls)) == answer
         norms = [ll / len(choice) for ll, choice in zip(lls, choices, strict=True)]
         right_norm += norms.index(max(norms)) == answer
@@ -195,14 +195,15 @@ def test_conditions_and_notes(found: Evaluation) -> None:
     assert found.conditions == {
         "precision": "fp32",
         "batch_size": 4,
-        "max_length": CONTEXT,
-        "prefix": "<|im_start|>",
+        "max_length": WINDOW,
+        "prefix": "<|im_end|>",
         "limit": None,
         "harness_version": importlib.metadata.version("lm_eval"),
     }
     notes = {s.corpus: s.note for s in found.scores if s.metric == "token_perplexity"}
     assert notes["code"] == (
-        "stderr by the delta method over 3 documents; prefix <|im_start|> (BOS), windows of 96 tokens"
+        "stderr by the delta method over 3 documents; prefix <|im_end|> (between documents, in training as here), "
+        "windows of 64 tokens"
     )
     assert notes["chat"] == notes["code"] + "; loss on the answers only"
 
@@ -219,10 +220,14 @@ def test_a_limit_marks_what_it_cuts(tiny: tuple[Any, Any], folder: Path) -> None
 
 def test_max_length_rolls_without_losing_a_token(tiny: tuple[Any, Any], folder: Path, found: Evaluation) -> None:
     short = measure_loaded(*tiny, folder, choice=False, precision="fp32", batch_size=4, max_length=16)
-    longer = measure_loaded(*tiny, folder, choice=False, precision="fp32", batch_size=4, max_length=10_000)
+    longer, longest = (
+        measure_loaded(*tiny, folder, choice=False, precision="fp32", batch_size=4, max_length=length)
+        for length in (CONTEXT, 10_000)
+    )
     assert [s.n for s in short.scores] == [s.n for s in found.scores if s.corpus]
     assert short.perplexity["code"] != pytest.approx(found.perplexity["code"], rel=1e-3)
-    assert longer.perplexity == found.perplexity, "never beyond the model's context"
+    assert longer.perplexity != found.perplexity
+    assert longest.perplexity == longer.perplexity, "never beyond the model's context"
     assert not short.accuracy, "nobody asked for the questions"
 
 
@@ -284,7 +289,7 @@ def test_the_step_writes_every_fact_with_its_conditions(base: Any, tmp_path: Pat
     meta = artifact.meta()
     assert meta["perplexity"] == {r["corpus"]: r["value"] for r in scores}
     assert meta["sparsity"]["code"] == pytest.approx(sum(r["sparsity"] for r in layers[:3]) / 3)
-    assert (meta["max_length"], meta["precision"], meta["prefix"]) == (128, "fp32", "<|im_start|>")
+    assert (meta["max_length"], meta["precision"], meta["prefix"]) == (64, "fp32", "<|im_end|>")
     shares = [done / total for done, total, _ in seen.updates]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)

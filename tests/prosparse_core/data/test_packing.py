@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,72 @@ def test_encoding_keeps_the_order_of_texts_and_chats() -> None:
     assert [e.document for e in encoder.encode(mixed)] == mixed
 
 
-@pytest.mark.parametrize("text", ["x = 1\n" * 3000, "no line end " * 900, "→" * 4000, "short\n"])
-def test_a_cut_document_is_a_beginning_within_the_limit(text: str) -> None:
+LONG = ["".join(f"x_{i} = {i * i}\n" for i in range(3000)), " ".join(f"word{i}" for i in range(3000)), "→" * 4000]
+
+
+@pytest.mark.parametrize("text", [*LONG, "short\n"])
+def test_spans_lie_apart_all_over_a_text_and_have_at_most_a_window(text: str) -> None:
     encoder = Encoder(tiny_tokenizer())
-    encoded = encoder.cut(Document("i", "f", text), 512)
-    assert text.startswith(encoded.document.text)
-    assert len(encoded.tokens) <= 512
-    assert len(encoded.tokens) > 256 or encoded.document.text == text
-    assert encoded.tokens.tolist() == encoder.encode([encoded.document])[0].tokens.tolist()
+    document = Document("i", "f", text)
+    spans = list(encoder.spans(document, 512, 7))
+    whole = len(encoder.encode([document])[0].tokens)
+    assert len(spans) == max(1, whole // 512)
+    for encoded in spans:
+        assert len(encoded.tokens) <= 512
+        assert len(encoded.tokens) > 256 or encoded.document.text == text
+        assert encoded.tokens.tolist() == encoder.encode([encoded.document])[0].tokens.tolist()
+    if text in LONG[:2]:  # every piece of these is found in one place only
+        places = sorted((text.index(e.document.text), len(e.document.text)) for e in spans)
+        assert all(at + length <= after for (at, length), (after, _) in itertools.pairwise(places))
+        assert places[0][0] == 0
+        assert places[-1][0] > 0.7 * len(text)
+        assert all(text[at - 1] in "\n " for at, _ in places[1:])
+        order = [text.index(e.document.text) for e in spans]
+        assert order == [text.index(e.document.text) for e in encoder.spans(document, 512, 7)]
+        assert order != [text.index(e.document.text) for e in encoder.spans(document, 512, 8)]
+
+
+def test_the_first_spans_are_from_anywhere_in_their_documents() -> None:
+    """Not the heads of files, which is where licences and imports are."""
+    encoder, text = Encoder(tiny_tokenizer()), LONG[0]
+    places = []
+    for i in range(60):
+        first = next(encoder.spans(Document(f"d{i}", f"f{i}", text), 512, 7))
+        places.append(text.index(first.document.text) / len(text))
+    assert sum(p == 0 for p in places) < 12
+    assert 0.3 < sum(places) / 60 < 0.6
+
+
+@pytest.mark.parametrize(
+    ("eos", "also", "end"),
+    [
+        ("<|end|>", ["<|endoftext|>"], "<|endoftext|>"),  # a chat model: its EOS ends a turn
+        ("<|end|>", ["</s>"], "</s>"),
+        ("</s>", ["<|endoftext|>"], "</s>"),
+        ("<|end|>", [], "<|end|>"),
+    ],
+)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_separator_is_what_models_are_pretrained_with(eos: str, also: list[str], end: str, adds_bos: bool) -> None:
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["a", "<s>", eos, *also]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="a"))
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": also})
+    encoder = Encoder(tokenizer)
+    names_of = tokenizer.convert_ids_to_tokens
+    assert names_of(encoder.suffix) == [end]
+    assert names_of(encoder.prefix) == (["<s>"] if adds_bos else [])
+    assert names_of(encoder.separator.before) == ("<s>" if adds_bos else end)
+    assert encoder.description["document_separator"] == ("<s>" if adds_bos else end)
+    assert names_of(encoder.lead(is_chat=True)) == names_of([encoder.separator.before]), "no template: the plain format"
+    tokenizer.chat_template = CHAT
+    assert Encoder(tokenizer).lead(is_chat=True) == []
+    assert Encoder(tokenizer).lead(is_chat=False) == [encoder.separator.before]
 
 
 def fake(lengths: list[tuple[int, int]]) -> list[Encoded]:

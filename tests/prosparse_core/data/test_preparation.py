@@ -48,7 +48,7 @@ def small_data(base: Path) -> Data:
 
 def build(base: Path, name: str, **more: Any) -> dict[str, str]:
     folder = base / name
-    options = {"seed": SEED, "train_tokens": 1000, "shard_tokens": SHARD, **more}
+    options = {"seed": SEED, "shard_tokens": SHARD, **more}
     prepare(small_data(base / "data"), tiny_tokenizer(chat=CHAT), folder, **options)
     return digests(folder)
 

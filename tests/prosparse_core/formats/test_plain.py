@@ -16,6 +16,7 @@ from models import tiny, tokens
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from prosparse_core.activations import FATReLU
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.formats.plain import export_hf_relu, export_vllm, minicpm_config, refuse_vllm, strictly_above
 from prosparse_core.random_model import train_tokenizer
@@ -101,7 +102,8 @@ def test_minicpms_form_computes_the_same(
     if thresholds:
         plain, _ = load_variant(Variant("star", variant.checkpoint, "relu"))
         assert float((logits(plain) - expected).abs().max()) > 0.05, "the threshold must matter in this test"
-    assert "vllm serve vllm" in (found.target / "README.md").read_text()
+    readme = (found.target / "README.md").read_text()
+    assert "vllm serve vllm --dtype float32" in readme
 
 
 def test_transformers_refuses_that_folder_and_reads_its_config(tmp_path: Path, tokenizer: Any) -> None:
@@ -135,6 +137,29 @@ def test_the_boundary_is_kept(threshold: float, steps: int) -> None:
     ours = torch.where(value >= threshold, value, 0.0) if threshold else torch.relu(value)
     theirs = torch.nn.functional.threshold(value, strictly_above(threshold), 0.0)
     assert torch.equal(ours.abs(), theirs.abs())
+
+
+def fatrelu_and_mul(gate_up: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The rule of vLLM's operator of that name, its forward_native."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.threshold(gate, threshold, 0.0) * up
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.109, 0.178])
+def test_vllm_s_operator_differs_where_the_readme_says(dtype: torch.dtype, threshold: float) -> None:
+    """Every positive number of 16 bits below 1, and as many 32-bit ones around the threshold."""
+    if dtype is torch.float32:
+        middle = torch.tensor(threshold).view(torch.int32)
+        gate = (middle + torch.arange(-3000, 3000, dtype=torch.int32)).clamp_min(0).view(dtype)
+    else:
+        gate = torch.arange(0x3C00 if dtype is torch.float16 else 0x3F80, dtype=torch.int16).view(dtype)
+    ours = FATReLU(threshold)(gate)
+    theirs = fatrelu_and_mul(torch.cat([gate, torch.ones_like(gate)]), strictly_above(threshold))
+    differs = gate[ours != theirs]
+    rounded = float(torch.tensor(threshold, dtype=dtype))
+    is_below = dtype is not torch.float32 and rounded < threshold
+    assert differs.tolist() == ([rounded] if is_below else []), "the rounded threshold alone, where that is less"
 
 
 def test_layers_that_differ_fall_back_aloud_or_are_refused(tmp_path: Path, tokenizer: Any) -> None:

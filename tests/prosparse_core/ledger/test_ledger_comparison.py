@@ -19,7 +19,7 @@ EVEN = math.sqrt(1000**2 + 3000**2) / 4000
 
 
 def mixture(row: Row) -> tuple[float, float]:
-    """(perplexity, standard error) over both corpora, each token counting once."""
+    """(perplexity, standard error) over both corpora, each by its share of the mixture."""
     total = sum(CORPORA.values())
     value = math.exp(sum(n * math.log(p) for n, p in zip(CORPORA.values(), row.perplexities, strict=True)) / total)
     nats = [n / total * row.stderr / p for n, p in zip(CORPORA.values(), row.perplexities, strict=True)]
@@ -63,7 +63,7 @@ def test_the_leaderboard_tells_rows_of_one_setting_apart(ledger: Ledger) -> None
 
 
 def test_a_standard_error_by_hand(small: Ledger) -> None:
-    """exp((1000 ln 2 + 3000 ln 4) / 4000) = 2^1.75; errors of 5 % and 2.5 % weigh a quarter and three quarters."""
+    """exp(1/4 ln 2 + 3/4 ln 4) = 2^1.75; errors of 5 % and 2.5 % weigh a quarter and three quarters."""
     row = found(small, Row("vanilla_relu", (2.0, 4.0), 0.6), view="leaderboard")[0]
     assert row["perplexity"] == pytest.approx(2**1.75)
     assert row["perplexity_stderr"] == pytest.approx(2**1.75 * math.hypot(0.25 * 0.05, 0.75 * 0.025))

@@ -294,9 +294,9 @@ def test_held_out_windows_take_turns_and_are_full() -> None:
     assert all(t.dtype == torch.int64 and t.shape[0] == 1 for _, t in found)
     assert {t.shape[1] for corpus, t in found if corpus != "short"} == {32}
     eos = tokenizer.eos_token_id
-    assert next(t for corpus, t in found if corpus == "short")[0].tolist() == [*tokenizer("one").input_ids, eos]
+    assert next(t for corpus, t in found if corpus == "short")[0].tolist() == [eos, *tokenizer("one").input_ids, eos]
     together = torch.cat([t[0] for corpus, t in found if corpus == "long"]).tolist()
-    expected = [i for text in texts["long"] for i in [*tokenizer(text).input_ids, eos]]
+    expected = [eos, *(i for text in texts["long"] for i in [*tokenizer(text).input_ids, eos])]
     assert together == expected[: len(together)]
     assert len(expected) - len(together) < 32
     # The separator is the first token of the document behind it: there, and at the head of a window, positions are 0.

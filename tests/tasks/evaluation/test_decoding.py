@@ -123,11 +123,12 @@ def test_progress_is_told_within_a_batch(tiny: tuple[Any, Any]) -> None:
     assert shares[-1] == 1
 
 
-def test_a_prompt_has_one_bos_and_loses_its_beginning_when_too_long(
+def test_a_prompt_has_one_separator_and_loses_its_beginning_when_too_long(
     tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = tiny
-    bos, seen = tokenizer.bos_token_id, []
+    seen: list[list[int]] = []
+    heads = [tokenizer.eos_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
     monkeypatch.setattr(
         "tasks.evaluation.scoring.decode_greedily",
         lambda model, prompts, *a, **k: seen.extend(prompts) or [[tokenizer.eos_token_id] for _ in prompts],
@@ -136,10 +137,10 @@ def test_a_prompt_has_one_bos_and_loses_its_beginning_when_too_long(
         scorer = make_scorer(model, tokenizer, precision="fp32", batch_size=1, max_length=CONTEXT)
     settings = {"until": ["\n"], "max_gen_toks": 16}
     long = " ".join(map(str, range(90)))
-    texts = scorer.generate_until([Request(t, settings) for t in (long, "<|im_start|>x", "y", "")])
+    texts = scorer.generate_until([Request(t, settings) for t in (long, "<|im_end|>x", "<|im_start|>y", "")])
     assert texts == [""] * 4
-    assert [p.count(bos) for p in seen] == [1] * 4
-    assert [p[0] for p in seen] == [bos] * 4
+    assert sorted(p[0] for p in seen) == sorted(heads), "what is written out is not doubled"
+    assert [p.count(0) + p.count(1) for p in seen] == [1] * 4
     assert len(seen[0]) == CONTEXT - 16
     assert seen[0][1:] == tokenizer(long, add_special_tokens=False)["input_ids"][-(CONTEXT - 17) :]
     assert scorer.num_truncated == 1

@@ -118,7 +118,7 @@ def test_the_standard_error_is_that_of_resampled_documents() -> None:
 def test_one_document_has_no_standard_error_and_a_huge_value_is_not_a_number() -> None:
     assert ratio_score("byte_perplexity", [(-3.0, 3)]) == (pytest.approx(math.e), None)
     sample = dict.fromkeys(DENOMINATORS, (-2000.0, 1))
-    scores = {s.metric: s for s in corpus_scores("code", [sample, sample], partial=False, note="why")}
+    scores = {s.metric: s for s in corpus_scores("code", [sample, sample], "d", partial=False, note="why")}
     assert scores["word_perplexity"].value is None
     assert scores["word_perplexity"].note == "beyond the range of a double; why"
     assert scores["bits_per_byte"].value == pytest.approx(2000 / math.log(2))

@@ -78,11 +78,11 @@ def test_piqa_equals_plain_torch(tiny: tuple[Any, Any], hub: Path) -> None:
     model, tokenizer = tiny
     right = {"acc_ppl": 0, "acc": 0, "acc_norm": 0}
     for row in PIQA:
-        head = [tokenizer.bos_token_id, *tokenizer(f"Question: {row['goal']}\nAnswer:")["input_ids"]]
+        head = [tokenizer.eos_token_id, *tokenizer(f"Question: {row['goal']}\nAnswer:")["input_ids"]]
         sums, means, norms = [], [], []
         for answer in (row["sol1"], row["sol2"]):
             ids = tokenizer(f"Question: {row['goal']}\nAnswer: {answer}")["input_ids"]
-            whole = torch.tensor([[tokenizer.bos_token_id, *ids]])
+            whole = torch.tensor([[tokenizer.eos_token_id, *ids]])
             with torch.no_grad():
                 logits = model(input_ids=whole[:, :-1]).logits[0, len(head) - 1 :].double()
             nll = torch.nn.functional.cross_entropy(logits, whole[0, len(head) :], reduction="sum")

@@ -23,15 +23,19 @@ def test_the_paper_s_rule_by_hand() -> None:
     counts = {("q", " long answer here"): 4, ("q", " short"): 2, ("q", " other"): 2}
     sample = {
         "doc": {"gold": 0},
+        "doc_hash": "a",
         "arguments": [("q", " long answer here"), ("q", " short"), ("q", " other")],
         "filtered_resps": [(-6.0, False), (-5.0, False), (-4.2, False)],
     }
-    other = {**sample, "doc": {"gold": 2}}
+    other = {**sample, "doc": {"gold": 2}, "doc_hash": "b"}
     harness = Score("acc", 0.5, 0.5, 2, True, task="t", headline=True)
     norm = Score("acc_norm", 1.0, 0.0, 2, True, task="t")
     ours, acc, acc_norm = with_paper_rule(Judge(), [sample, other], [harness, norm], counts, "acc_ppl")
     assert (ours.metric, ours.value, ours.stderr, ours.headline) == ("acc_ppl", 0.5, 0.5, True)
     assert (acc.headline, acc_norm.headline) == (False, False)
+    assert (ours.sums, ours.counts, ours.num_documents) == ((0.0, 1.0), (1.0, 1.0), 2), "right or wrong, by question"
+    assert ours.documents is not None
+    assert (acc.documents, acc.sums) == (None, ()), "only of the headline"
     only_first, *_ = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc_ppl")
     assert only_first.value == 1.0, "the summed log-likelihood would have taken the third"
     kept = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc")
@@ -40,7 +44,12 @@ def test_the_paper_s_rule_by_hand() -> None:
 
 def test_where_nothing_of_the_choices_is_given_none_is_right() -> None:
     """Told 0 for every candidate the task would take the first, which is the right one."""
-    sample = {"doc": {"gold": 0}, "arguments": [("q", " A"), ("q", " B")], "filtered_resps": [(-2.0, False)] * 2}
+    sample = {
+        "doc": {"gold": 0},
+        "doc_hash": "a",
+        "arguments": [("q", " A"), ("q", " B")],
+        "filtered_resps": [(-2.0, False)] * 2,
+    }
     acc = Score("acc", 1.0, None, 1, True, task="t", headline=True)
     found = with_paper_rule(Judge(), [sample], [acc], {("q", " A"): 1, ("q", " B"): 1}, "acc_greedy")
     assert {s.metric: (s.value, s.headline) for s in found} == {

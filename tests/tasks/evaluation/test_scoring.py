@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prosparse_core.data.packing import Encoder
+from prosparse_core.data.sources import Document
 from prosparse_core.errors import ProSparseError
 from prosparse_core.sparsity import SparsityMeter
 from prosparse_core.substitute import use_relu
@@ -66,7 +68,7 @@ def test_rolling_loglikelihood_equals_the_stock_harness_model(tiny: tuple[Any, A
 
     requests = [Request(text) for texts in TEXTS.values() for text in texts]
     with quiet():
-        stock = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=1, max_length=CONTEXT, add_bos_token=False)
+        stock = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=1, max_length=CONTEXT, prefix_token_id=1)
         theirs = stock.loglikelihood_rolling(requests, disable_tqdm=True)
     ours = scorer_of(*tiny).loglikelihood_rolling(requests)
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -74,13 +76,13 @@ def test_rolling_loglikelihood_equals_the_stock_harness_model(tiny: tuple[Any, A
 
 
 def test_choices_equal_the_stock_harness_model(tiny: tuple[Any, Any]) -> None:
-    """Its contexts begin with BOS when the text itself does."""
+    """Its contexts begin with the separator when the text itself does."""
     from lm_eval.models.huggingface import HFLM
 
     pairs = [(question, choice) for question, choices, _ in QUESTIONS for choice in choices]
     with quiet():
         stock = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=1, max_length=CONTEXT)
-        theirs = stock.loglikelihood([Request(f"<|im_start|>{q}", c) for q, c in pairs], disable_tqdm=True)
+        theirs = stock.loglikelihood([Request(f"<|im_end|>{q}", c) for q, c in pairs], disable_tqdm=True)
     ours = scorer_of(*tiny).loglikelihood([Request(q, c) for q, c in pairs])
     assert [x[0] for x in ours] == pytest.approx([x[0] for x in theirs], rel=1e-5)
     assert [x[1] for x in ours] == [x[1] for x in theirs]
@@ -148,17 +150,18 @@ def test_every_sequence_begins_with_the_prefix_once(tmp_path: Path, kind: str) -
     scorer.loglikelihood_rolling([Request(text)])
     scorer.loglikelihood([Request(text, "print(value)")])
     scorer.loglikelihood([Request("<|im_start|>" + text, "print(value)")])
+    scorer.loglikelihood([Request(scorer.prefix + text, "print(value)")])
     handle.remove()
-    rolling, pair, written = seen
-    assert rolling == [eos if kind == "no-bos" else bos, *ids[:-1]]
-    if kind == "no-bos":
-        assert pair[0] == ids[0], "a context is never led by a token that ends texts"
-        assert scorer.prefix == "<|im_end|>"
-        assert scorer.prefix_kind == "EOS, for want of a BOS"
-    else:
-        assert pair[:3] == [bos, *ids[:2]]
-        assert (scorer.prefix, scorer.prefix_kind) == ("<|im_start|>", "BOS")
-    assert written[:3] == [bos, *ids[:2]], "a BOS that is written out is not doubled"
+    rolling, pair, begun, written = seen
+    (encoded,) = Encoder(tokenizer).encode([Document("d", "d", text)])
+    before = int(encoded.tokens[0]) if kind in ("adds-bos", "no-eos") else int(encoded.tokens[-1])
+    assert before == (bos if kind in ("adds-bos", "no-eos") else eos), "what precedes the next document in training"
+    assert rolling == [before, *ids[:-1]]
+    assert pair[:3] == written[:3] == [before, *ids[:2]], "what is written out is not doubled"
+    assert scorer.prefix == tokenizer.convert_ids_to_tokens(before)
+    assert scorer.prefix_kind == ("BOS" if before == bos else "between documents, in training as here")
+    if kind != "no-bos":
+        assert begun[:3] == [bos, *ids[:2]], "a chat's beginning stays as it is"
     assert tokenizer.pad_token == pad, "the caller's tokenizer stays as it is"
 
 
@@ -167,12 +170,11 @@ def test_a_prompt_ends_as_written_and_a_question_as_the_harness_ends_it(tiny: tu
     encode = scorer.tok_encode
     assert encode("a:\n") + encode("    return") != encode("a:\n    return"), "the line break merges with the indent"
     scorer.ends_prompt_as_written = True
-    bos = tiny[1].bos_token_id
-    assert scorer._encode_pair("a:\n", "    return") == ([bos, *encode("a:\n")], encode("    return"))
-    assert scorer._encode_pair("a:\n", "b = 2") == ([bos, *encode("a:\n")], encode("b = 2"))
+    assert scorer._encode_pair("a:\n", "    return") == (encode("a:\n"), encode("    return")), "chats begin themselves"
+    assert scorer._encode_pair("a:\n", "b = 2") == (encode("a:\n"), encode("b = 2"))
     scorer.ends_prompt_as_written = False
     context, answer = scorer._encode_pair("a:\n", "    return")
-    assert context == [bos, *encode("a:")]
+    assert context == [tiny[1].eos_token_id, *encode("a:")]
     assert encode("a:") + answer == encode("a:\n    return")
 
 
