@@ -311,6 +311,6 @@ def test_a_corpus_of_conversations_keeps_its_labels_and_never_splits_a_question(
     assert "answer" in labels
     assert "Question" not in labels
     assert "more" not in labels
-    _, labels_of = mixture.calibration("talks")
+    labels_of = mixture.calibration("talks").labels
     assert "answer" in tokenizer.decode(labels_of[labels_of != -100])
     assert "Question" not in tokenizer.decode(labels_of[labels_of != -100])

@@ -193,7 +193,7 @@ def test_shards_are_the_same_from_two_processes_and_with_two_corpora_in_turns(co
 
     one, two = shards(1), shards(2)
     assert {name.split("-")[0] for name in one} == {"rows", "chats"}
-    assert len(one) == 3 * (2 + 3)  # states, tokens, and of chats masks
+    assert len(one) == 3 * (3 + 4)  # states, tokens, beginnings, and of chats masks
     assert one == two
 
 

@@ -26,6 +26,7 @@ from ledger_fixture import (
     variant_fact,
 )
 
+from prosparse_core import recipe as recipes
 from prosparse_core.ledger import Ledger
 
 
