@@ -1,16 +1,19 @@
-"""Checkpoints inside a stage: written beside, synced, renamed; the newest whole one is where a stage goes on.
+"""Checkpoints inside a stage: copied at once, written in the background, renamed; the newest whole one is resumed.
 
-One process writes one file; several write a shard each (:mod:`prosparse_core.distributed.checkpoint_shards`). Either is
-read by any number of processes.
+Every process writes a part, one alone all of it (:mod:`prosparse_core.distributed.checkpoint_shards`). What they wrote
+is read by any number of processes.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,7 +26,6 @@ from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.progress import Progress
 
 PREFIX = "step-"
-STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -34,75 +36,160 @@ class Checkpoint:
     folder: Path
 
 
-def save(
-    root: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extra: dict[str, Any] | None = None,
-    *,
-    ranks: Ranks = ALONE,
-    identity: Mapping[str, str] | None = None,
-) -> Checkpoint:
-    """Write the checkpoint of a finished step, then drop the older ones; atomic. Every process must call.
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint cost."""
 
-    A process that dies in the middle leaves the checkpoint before untouched.
+    step: int
+    bytes: int
+    blocking_s: float
+    """The loop waited this long, while what is to be written was copied (and for the checkpoint before)."""
+    write_s: float
+    """Writing and hashing in the background, from the copy to the rename."""
+
+
+class Writer:
+    """Writes the checkpoints of a stage while it goes on, one at a time; every process must make and use one alike.
 
     Args:
-        extra: further plain values.
-        identity: what the checkpoint belongs to, by digest; :func:`restore` refuses another.
-
-    Raises:
-        EnvironmentProblem: in every process, when the disk of one is full.
+        root: the folder of all checkpoints.
+        identity: what they belong to, by digest; :func:`restore` refuses another.
+        reach: how many steps before the present one a rollback may lead: of the checkpoints that old the newest is kept
+            beside the newest of all.
     """
-    final = root / f"{PREFIX}{step:08d}"
-    temporary = root / f".{final.name}.{ranks.from_first(os.getpid())}.tmp"
-    if ranks.is_first:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    state = {"step": step, **_circumstances(ranks), "identity": dict(identity or {}), "extra": extra or {}}
-    try:
-        if ranks.size == 1:
-            _write_one(temporary / STATE, {**state, **_tensors(model, optimizer)})
-        else:
-            checkpoint_shards.write(temporary, state, model, optimizer, ranks)
-    except Exception as error:
+
+    def __init__(
+        self,
+        root: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        ranks: Ranks = ALONE,
+        identity: Mapping[str, str] | None = None,
+        reach: int = 0,
+    ) -> None:
+        self._root, self._model, self._optimizer, self._ranks = root, model, optimizer, ranks
+        self._identity, self._reach = dict(identity or {}), reach
+        self._group = ranks.side_group()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Written] | None = None
+        self._written: list[Written] = []
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is being written, as this process sees it."""
+        return self._pending is None or self._pending.done()
+
+    def take_written(self) -> list[Written]:
+        """The checkpoints that became whole since the last call."""
+        if self._pending is not None and self._pending.done() and self._pending.exception() is None:
+            self.wait()
+        found, self._written = self._written, []
+        return found
+
+    def save(self, step: int, extra: dict[str, Any] | None = None) -> None:
+        """Copy the state after ``step`` and begin to write it; older checkpoints go when it is whole.
+
+        Returns when training may go on. A process that dies later leaves the checkpoint before untouched.
+
+        Args:
+            extra: further plain values, as JSON can hold them.
+
+        Raises:
+            EnvironmentProblem: in every process, when the disk of one was full for the checkpoint before.
+        """
+        began = time.perf_counter()
+        self.wait()
+        ranks = self._ranks
+        final = self._root / f"{PREFIX}{step:08d}"
+        temporary = self._root / f".{final.name}.{os.getpid()}.tmp"
         if ranks.is_first:
+            self._root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
-        if checkpoint_shards.is_disk_full(error):
-            raise EnvironmentProblem(
-                f"the disk of {root} is full: the checkpoint of step {step} cannot be written",
-                hint="free some space and run the same command again: it goes on from the checkpoint before",
-            ) from error
-        raise
-    if ranks.is_first:
+            temporary.mkdir()
+        temporary = ranks.from_first(temporary)
+        state = {"step": step, **_circumstances(ranks), "identity": self._identity, "extra": extra or {}}
+        writing = checkpoint_shards.begin(temporary, self._model, self._optimizer, ranks, self._group)
+        blocking = time.perf_counter() - began
+        self._pending = self._thread.submit(self._finish, writing, state, temporary, final, blocking)
+
+    def _finish(
+        self, writing: Future[Any], state: dict[str, Any], temporary: Path, final: Path, blocking_s: float
+    ) -> Written:
+        """In the background, in every process."""
+        began, ranks = time.perf_counter(), self._ranks
+        try:
+            size = checkpoint_shards.finish(writing, temporary, state, ranks, self._group)
+        except Exception as error:
+            if ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if checkpoint_shards.is_disk_full(error):
+                raise EnvironmentProblem(
+                    f"the disk of {self._root} is full: the checkpoint of step {state['step']} cannot be written",
+                    hint="free some space and run the same command again: it goes on from the checkpoint before",
+                ) from error
+            raise
+        failed = None
+        if ranks.is_first:
+            try:
+                self._put(temporary, final)
+            except OSError as failure:
+                failed = failure
+        if (failed := ranks.gather(failed, self._group)[0]) is not None:
+            raise failed
+        return Written(state["step"], size, blocking_s, time.perf_counter() - began)
+
+    def _put(self, temporary: Path, final: Path) -> None:
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier try, which could not be read
         os.replace(temporary, final)
-        for path in root.iterdir():
-            if path != final:
+        kept = {f"{PREFIX}{step:08d}" for step in needed([c.step for c in checkpoints(self._root)], self._reach)}
+        for path in self._root.iterdir():
+            if path.name not in kept:
                 shutil.rmtree(path)
-    return Checkpoint(step, final)
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            EnvironmentProblem: as :meth:`save`.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._written.append(pending.result())
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pending = self._pending
+        try:
+            if kind is None:
+                self.wait()
+            elif pending is not None:
+                pending.exception()  # a whole checkpoint is worth the wait; the error at hand is what is told
+        finally:
+            self._thread.shutdown(wait=False)
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+def needed(steps: Sequence[int], reach: int) -> list[int]:
+    """Which checkpoints are kept: the newest one that is ``reach`` steps older than the newest, and all after it."""
+    oldest = max((s for s in steps if s <= max(steps) - reach), default=0)
+    return sorted(s for s in steps if s >= oldest)
 
 
-def _write_one(path: Path, state: dict[str, Any]) -> None:
-    with open(path, "wb") as handle:
-        torch.save(state, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
+def checkpoints(root: Path) -> list[Checkpoint]:
+    """All finished checkpoints, oldest first; leftovers of a dead writer are none."""
+    found = sorted(p for p in root.glob(f"{PREFIX}*") if checkpoint_shards.is_there(p)) if root.is_dir() else []
+    return [Checkpoint(int(p.name.removeprefix(PREFIX)), p) for p in found]
 
 
 def latest(root: Path) -> Checkpoint | None:
-    """The newest finished checkpoint; leftovers of a dead writer are ignored."""
-    steps = sorted(p for p in root.glob(f"{PREFIX}*") if _is_whole(p)) if root.is_dir() else []
-    return Checkpoint(int(steps[-1].name.removeprefix(PREFIX)), steps[-1]) if steps else None
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / STATE).is_file() or checkpoint_shards.is_there(folder)
+    """The newest finished checkpoint."""
+    found = checkpoints(root)
+    return found[-1] if found else None
 
 
 def restore(
@@ -110,7 +197,6 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    device: str = "cpu",
     *,
     ranks: Ranks = ALONE,
     identity: Mapping[str, str] | None = None,
@@ -119,7 +205,8 @@ def restore(
 
     Returns:
         The last finished step, or 0 when there is none, and the ``extra`` that was saved with it. An unreadable
-        checkpoint is dropped, aloud: the stage then starts at its beginning, which costs time but changes no result.
+        checkpoint is dropped, aloud: the stage then goes on from the one before, or starts at its beginning, which
+        costs time but changes no result.
 
     Raises:
         BadInput: the checkpoint belongs to another model, other data or another recipe.
@@ -127,31 +214,20 @@ def restore(
     found: Checkpoint | None = ranks.from_first(latest(root) if ranks.is_first else None)
     if found is None:
         return 0, {}
-    is_one = (found.folder / STATE).is_file()
     state: dict[str, Any] = {}
     problem = None
     try:
-        state = _read_one(found.folder, device, ranks) if is_one else checkpoint_shards.read_plain(found.folder, ranks)
+        state = checkpoint_shards.read_plain(found.folder, ranks)
     except Exception as error:
         problem = f"{error}"
     if problems := [p for p in ranks.gather(problem) if p]:
-        progress.note(f"checkpoint {found.folder} is not readable ({problems[0]}); starting the stage anew")
+        progress.note(f"checkpoint {found.folder} is not readable ({problems[0]}): it is dropped")
         if ranks.is_first:
             shutil.rmtree(found.folder)
-        return 0, {}
+        return restore(root, model, optimizer, progress, ranks=ranks, identity=identity)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights(model).items()}
-    theirs = (
-        {n: tuple(t.shape) for n, t in state["model"].items()} if is_one else checkpoint_shards.shapes(found.folder)
-    )
-    _require_same(found.folder, state["identity"], identity or {}, theirs, shapes)
-    if is_one:
-        load_weights(model, state["model"])
-        load_optimizer(optimizer, state["optimizer"])
-        rng = state["rng"].cpu() if ranks.is_first else None
-    else:
-        rng = checkpoint_shards.read(found.folder, state, model, optimizer, ranks)
-    if rng is not None:
-        torch.set_rng_state(rng)
+    _require_same(found.folder, state["identity"], identity or {}, checkpoint_shards.shapes(found.folder), shapes)
+    checkpoint_shards.set_rng_state(checkpoint_shards.read(found.folder, state, model, optimizer, ranks))
     if (before := _how(state)) != (now := _how(_circumstances(ranks))):
         progress.note(
             f"the checkpoint was written with {before}, this run has {now}: "
@@ -169,11 +245,6 @@ def _circumstances(ranks: Ranks) -> dict[str, Any]:
 def _how(state: Mapping[str, Any]) -> str:
     processes = state["processes"]
     return f"{state['num_threads']} threads" + (f" in each of {processes} processes" if processes > 1 else "")
-
-
-def _read_one(folder: Path, device: str, ranks: Ranks) -> dict[str, Any]:
-    # several processes of one machine share the pages of the file instead of holding a copy each
-    return torch.load(folder / STATE, map_location=device, mmap=ranks.size > 1, weights_only=True)
 
 
 def _require_same(
@@ -195,13 +266,6 @@ def _require_same(
             f"checkpoint {folder} belongs to another {', another '.join(other)}",
             hint="delete that folder: the stage then starts at its beginning",
         )
-
-
-def load_weights(model: nn.Module, full: Mapping[str, Tensor]) -> None:
-    """Give a model, sharded or not, weights that this process holds whole."""
-    with torch.no_grad():
-        for name, tensor in weights(model).items():
-            tensor.copy_(part_of(full[name], tensor))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, full: dict[str, Any]) -> None:

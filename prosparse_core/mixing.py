@@ -303,6 +303,11 @@ class Mixture:
         if self._streams is not None:
             self._streams.close()
 
+    def rewind(self) -> None:
+        """Let the next batch be of an earlier step than the last one's."""
+        if self._streams is not None:
+            self._streams.close()
+
     def _release(self, order: SampleOrder, index: int) -> None:
         """Samples before ``index`` are not needed any more."""
         needed, before = order.needed(index), order.before(index)

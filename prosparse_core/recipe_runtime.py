@@ -19,7 +19,20 @@ class Runtime(Section):
     """Processes that tokenize the mixture, or, beside training, what it streams; default: the machine's cores, at most
     16, and none that has less than 4 M tokens to do. 1: the flow tokenizes itself."""
     checkpoint_every_steps: int | None = Field(default=None, gt=0)
-    checkpoint_every_minutes: float = Field(default=5.0, gt=0)
+    """Also save after every so many steps, whatever it costs."""
+    checkpoint_overhead: float = Field(default=0.02, gt=0, lt=1)
+    """Share of the time that checkpoints may take. The interval follows from what the one before was measured to cost:
+    the copy, for which training waits, and, where the same cores train, the writing in the background."""
+    checkpoint_every_minutes: float | None = Field(default=None, gt=0)
+    """This interval instead."""
+    monitor_every: int | None = Field(default=None, ge=0)
+    """Steps between two looks at held-out perplexity and sparsity while a stage trains; 0: none. Default: as often as
+    costs about a hundredth of the computing, at most a hundred times in all stages together."""
+    deterministic: bool = False
+    """Only deterministic algorithms on a GPU (torch.use_deterministic_algorithms), so that a resumed run can end in the
+    same bits there too; slower, and an operation that has none is an error. A CPU needs no such thing."""
+    tracking: Literal["tensorboard"] | None = None
+    """Also write the training curves as TensorBoard event files, to ``$PROSPARSE_HOME/tensorboard/RECIPE/STAGE``."""
     processes: int | None = Field(default=None, gt=0)
     """Training processes on each node, started by torch.distributed.run; None: the flow trains in its own process."""
     nodes: int = Field(default=1, gt=0)

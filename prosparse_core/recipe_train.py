@@ -29,6 +29,18 @@ class Distill(Section):
     temperature: float = Field(default=1.0, gt=0)
 
 
+class Spike(Section):
+    """A step whose loss or gradient norm lies far above those of the steps before it, as OLMo-core's SkipStepOptimizer
+    tells it: above their mean by more than ``sigma`` standard deviations."""
+
+    sigma: float = Field(default=6.0, gt=0)
+    window: int = Field(default=128, ge=4)
+    """Steps of the stage, those taken, to compare with; nothing is a spike before half of them are there."""
+    action: Literal["skip", "rollback", "ignore"] = "skip"
+    """skip: the weights stay as they are, and training goes on with the next step's data. rollback: so do, in
+    hindsight, those of ``train.rollback_steps`` steps before it. ignore: it is only recorded."""
+
+
 class Stage(Section):
     """One regularization stage: ``l1`` is lambda at its end; ``until_step`` is accumulated (paper, Table 6)."""
 
@@ -95,6 +107,16 @@ class Train(Section):
     freeze: list[Literal["embeddings"]] = []
     """Weights that stay as they are. The paper trains all; with few tokens AdamW's normalised steps move the rows of
     rare tokens, in the embeddings and the output head, by noise alone."""
+    on_non_finite: Literal["skip", "rollback", "fail"] = "skip"
+    """What happens at a step whose loss or gradient norm is no finite number; see ``spike.action``. It never reaches
+    the weights: fail ends the stage before."""
+    spike: Spike | None = None
+    """What counts as a loss spike, and what happens then; None: nothing does."""
+    rollback_steps: int = Field(default=20, ge=0)
+    """A rollback takes back this many steps before the bad one as well, and passes over their data: what made the loss
+    rise may lie before it rose (PaLM, arXiv 2204.02311, went back about 100 steps)."""
+    max_bad_steps: int = Field(default=10, ge=0)
+    """The stage fails at the next bad step after so many, and at the third in a row."""
     stages: list[Stage] = Field(min_length=1)
 
     @field_validator("stages")
@@ -179,6 +201,15 @@ class Train(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def rollback_reach(self) -> int:
+        """Steps before a bad one that may be taken back."""
+        return self.rollback_steps if self.rolls_back else 0
+
+    @property
+    def rolls_back(self) -> bool:
+        return "rollback" in (self.on_non_finite, self.spike.action if self.spike else None)
 
     @property
     def total_steps(self) -> int:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from prosparse_core import monitor
 from prosparse_core.checkpoint import load_optimizer, whole_optimizer
+from prosparse_core.determinism import deterministic
 from prosparse_core.distributed.parallel import compile_layers, read_shards, shard, weights, whole
 from prosparse_core.distributed.ranks import ALONE, Ranks, code_digest
 from prosparse_core.document_masks import is_proven, require_apart
@@ -27,7 +29,8 @@ from prosparse_core.recipe_runtime import Runtime
 from prosparse_core.recipe_train import Train
 from prosparse_core.store import RECORD, canonical_json, read_record, same_size, sha256_text, write_json
 from prosparse_core.substitute import use_activation
-from prosparse_core.training import CHECKPOINTS, freeze, last_lambda, make_optimizer, train_stage
+from prosparse_core.training import freeze, make_optimizer, train_stage
+from prosparse_core.training_log import CHECKPOINTS, last_lambda
 from prosparse_core.variants import MODEL, OPTIMIZER, empty_model, load_model, load_tokenizer
 
 
@@ -50,6 +53,8 @@ class StageJob:
     runtime: Runtime
     attend_across: bool = False
     """``data.attend_across_documents``."""
+    tracking: Path | None = None
+    """Where TensorBoard's event files go."""
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
@@ -62,7 +67,7 @@ class StageJob:
         plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         plain |= {"train": Train.model_validate(plain["train"]), "runtime": Runtime.model_validate(plain["runtime"])}
         plain |= {key: Path(plain[key]) for key in ("folder", "before", "corpora")}
-        plain["teacher"] = None if plain["teacher"] is None else Path(plain["teacher"])
+        plain |= {key: None if plain[key] is None else Path(plain[key]) for key in ("teacher", "tracking")}
         return cls(**plain)
 
     @property
@@ -132,7 +137,7 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
         prepares=ranks.is_first,
         processes=job.runtime.data_processes,
     )
-    with contextlib.closing(corpora) as mixture:
+    with deterministic(job.runtime.deterministic), contextlib.closing(corpora) as mixture:
         train_stage(
             model,
             optimizer,
@@ -147,6 +152,8 @@ def run_stage(job: StageJob, progress: Progress, ranks: Ranks = ALONE) -> None:
             lambda_before=last_lambda(job.before),
             ranks=ranks,
             identity=identity,
+            held_out=monitor.windows(mixture) if job.runtime.monitor_every != 0 else None,
+            tracking=job.tracking,
         )
     progress.note("writing the stage's weights and optimizer state")
     _write(job, model, optimizer, ranks)

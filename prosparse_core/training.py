@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prosparse_core import checkpoint
+from prosparse_core.checkpoint_pace import Clock
 from prosparse_core.distillation import distillation_loss
+from prosparse_core.distributed.checkpoint_shards import num_bytes
 from prosparse_core.distributed.parallel import Forward
 from prosparse_core.distributed.ranks import ALONE, Ranks
 from prosparse_core.document_masks import forward_arguments
-from prosparse_core.errors import ProSparseError
+from prosparse_core.guard import Events, Guard, Verdict
 from prosparse_core.loss import next_token_loss
 from prosparse_core.mixing import Batch, Mixture
 from prosparse_core.precision import Precision, autocast
@@ -27,36 +26,12 @@ from prosparse_core.progress import Progress
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Train
 from prosparse_core.regularizer import L1Regularizer
-from prosparse_core.schedule import first_step, l1_lambda, learning_rate
-from prosparse_core.steering import Steering
+from prosparse_core.schedule import first_step, learning_rate
+from prosparse_core.stage_course import Eyes, StageCourse
+from prosparse_core.training_log import CHECKPOINTS, StepMetrics
 
-LOG = "log.jsonl"
-CHECKPOINTS = "checkpoints"
 RANK_SEEDS = 1_000_003
 """Apart: seeds of two processes, whose dropout must differ."""
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of the training log."""
-
-    stage: int
-    step: int
-    tokens: int
-    l1_lambda: float
-    lr: float
-    lm_loss: float
-    l1: float
-    """The reduced |x1| (see ``l1_reduction``), without lambda."""
-    l1_term: float
-    """lambda * l1: what is added to the loss."""
-    mean_abs_x1: float
-    sparsity: float
-    grad_norm: float
-    distill: float | None
-    """KL from the dense original (times temperature^2) per token, without its weight; None without distillation."""
-    tokens_per_s: float
-    wall_s: float
 
 
 def freeze(model: nn.Module, train: Train) -> None:
@@ -94,6 +69,8 @@ def train_stage(
     lambda_before: float = 0.0,
     ranks: Ranks = ALONE,
     identity: Mapping[str, str] | None = None,
+    held_out: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    tracking: Path | None = None,
 ) -> None:
     """Train ``model`` in place through stage ``index``, from wherever its newest checkpoint stands.
 
@@ -105,79 +82,46 @@ def train_stage(
         lambda_before: the factor at the end of the stage before: where a steered stage begins.
         ranks: the processes that train together; each takes its share of every step's batch.
         identity: what the checkpoints belong to, by digest.
+        held_out: windows by corpus to look at now and then; see :mod:`prosparse_core.monitor`.
+        tracking: folder for TensorBoard event files.
 
     Raises:
-        ProSparseError: the loss is no longer finite.
+        ProSparseError: a step that is not finite, or a spike, ends the stage by rule; or there were too many.
         BadInput: the newest checkpoint belongs to another model, other data or another recipe.
         EnvironmentProblem: the disk is full.
     """
     device = next(model.parameters()).device.type
-    first, last = first_step(train.stages, index), train.stages[index].until_step
+    stage, first = train.stages[index], first_step(train.stages, index)
     torch.manual_seed(first + RANK_SEEDS * ranks.rank)
-    stage = train.stages[index]
     assert (teacher is None) == (stage.distill is None)
-    checkpoints = folder / CHECKPOINTS
-    done, extra = checkpoint.restore(checkpoints, model, optimizer, progress, device, ranks=ranks, identity=identity)
-    steering = None
-    if stage.target_sparsity is not None:
-        steering = (
-            Steering(**extra) if extra else Steering(stage.target_sparsity, last - first + 1, l1_lambda=lambda_before)
-        )
-    start = max(first, done + 1)
-    log_path = folder / LOG if ranks.is_first else Path(os.devnull)
-    _cut_log(log_path, before=start)
-    model.train()
-    saved_at = time.monotonic()
     regularizer = L1Regularizer(model, train.l1_reduction, compiled=runtime.compile)
-    with regularizer, open(log_path, "a", encoding="utf-8") as log:
+    saver = checkpoint.Writer(
+        folder / CHECKPOINTS, model, optimizer, ranks=ranks, identity=identity, reach=train.rollback_reach
+    )
+    with regularizer, saver:
         regularizer.num_processes = ranks.size
-        loop = _Loop(model, optimizer, regularizer, mixture, train, index, precision, teacher, ranks)
-        if start <= last:
-            loop.settle(start)
-        if start <= last and steering is None:
-            regularizer.l1_lambda = l1_lambda(train.stages, last)
-            progress.note(
-                f"lambda at the end {regularizer.l1_lambda:g}: per element of x1 "
-                f"{regularizer.element_coefficient(train.tokens_per_step):.3g}"
-            )
-        for step in range(start, last + 1):
-            regularizer.l1_lambda = steering.l1_lambda if steering else l1_lambda(train.stages, step)
-            metrics = loop.step(step)
-            if steering:
-                steering.update(metrics.sparsity, metrics.lm_loss, metrics.l1)
-            log.write(json.dumps(asdict(metrics)) + "\n")
-            log.flush()
-            progress.update(
-                step - first + 1,
-                last - first + 1,
-                step=step,
-                **{"lambda": metrics.l1_lambda},
-                lm_loss=metrics.lm_loss,
-                l1=metrics.l1,
-                sparsity=metrics.sparsity,
-                tokens_per_s=metrics.tokens_per_s,
-            )
-            if not math.isfinite(metrics.lm_loss) or not math.isfinite(metrics.grad_norm):
-                raise ProSparseError(
-                    f"stage {index}, step {step}: loss {metrics.lm_loss}, gradient norm {metrics.grad_norm}",
-                    hint="lower train.lr or the stage's l1",
-                )
-            by_steps = runtime.checkpoint_every_steps and step % runtime.checkpoint_every_steps == 0
-            by_time = ranks.from_first(time.monotonic() - saved_at > 60 * runtime.checkpoint_every_minutes)
-            if step < last and (by_steps or by_time):
-                state = steering.state() if steering else None
-                checkpoint.save(checkpoints, step, model, optimizer, state, ranks=ranks, identity=identity)
-                saved_at = time.monotonic()
-        if steering:
-            progress.note(
-                f"lambda was steered to {steering.l1_lambda:.4g} for {steering.target:.1%} sparsity: per element of x1 "
-                f"{regularizer.element_coefficient(train.tokens_per_step):.3g}"
-            )
+        loop = Loop(model, optimizer, regularizer, mixture, train, index, precision, teacher, ranks)
+        clock = Clock(runtime, num_bytes(model, optimizer), on_cpu=device == "cpu")
+        eyes = Eyes(loop, runtime, folder, held_out or {})
+        run = StageCourse(
+            loop,
+            folder,
+            runtime,
+            progress,
+            lambda_before,
+            identity,
+            saver,
+            clock,
+            eyes,
+            Events(folder, ranks),
+            tracking,
+        )
+        run.run()
     model.eval()
 
 
 @dataclass
-class _Loop:
+class Loop:
     """What every step of a stage needs."""
 
     model: nn.Module
@@ -205,6 +149,11 @@ class _Loop:
     def _sequences(self) -> int:
         return self.train.tokens_per_step // self.mixture.seq_len
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a forward pass."""
+        return self.train.micro_batch or self._sequences // self.ranks.size
+
     def _batch(self, step: int) -> Batch:
         """The whole step's, whatever the number of processes."""
         return self.mixture.batch(step, self._sequences)
@@ -217,8 +166,11 @@ class _Loop:
             logits: Tensor = self.teacher(input_ids=tokens, use_cache=False, **more).logits
         return logits
 
-    def step(self, step: int) -> StepMetrics:
-        """One update of the weights from this process's share of the batch and the gradients of all."""
+    def step(self, step: int, guard: Guard) -> tuple[StepMetrics, Verdict | None]:
+        """One update of the weights from this process's share of the batch and the gradients of all.
+
+        Or none, where the guard has found the step bad.
+        """
         began = time.perf_counter()
         train, ranks, regularizer, device = self.train, self.ranks, self.regularizer, self.device
         rate = learning_rate(train, step)
@@ -249,12 +201,15 @@ class _Loop:
         norm: Any = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
         if hasattr(norm, "full_tensor"):  # of a sharded model
             norm = norm.full_tensor()
-        self.optimizer.step()
+        # What every process decides by is what all have summed up: the same to the bit.
+        sum_loss, sum_distilled, sum_norm = ranks.sums(float(lm_loss), float(distilled), float(norm))
+        verdict = guard.judge(sum_loss, sum_norm / ranks.size)
+        if verdict is None or verdict.takes_step:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         l1, mean_abs_x1, sparsity = regularizer.collect(ranks.group)
-        sum_loss, sum_distilled = ranks.sums(float(lm_loss), float(distilled))
         wall = time.perf_counter() - began
-        return StepMetrics(
+        metrics = StepMetrics(
             stage=self.index,
             step=step,
             tokens=step * train.tokens_per_step,
@@ -269,6 +224,24 @@ class _Loop:
             distill=None if distill is None else sum_distilled,
             tokens_per_s=train.tokens_per_step / wall,
             wall_s=wall,
+            skipped=None if verdict is None or verdict.takes_step else verdict.reason,
+        )
+        return metrics, verdict
+
+    def passed(self, step: int) -> StepMetrics:
+        """The line of a step that is not taken at all."""
+        nan = float("nan")
+        return StepMetrics(
+            stage=self.index,
+            step=step,
+            tokens=step * self.train.tokens_per_step,
+            l1_lambda=self.regularizer.l1_lambda,
+            lr=learning_rate(self.train, step),
+            **dict.fromkeys(("lm_loss", "l1", "l1_term", "mean_abs_x1", "sparsity", "grad_norm"), nan),
+            distill=None,
+            tokens_per_s=nan,
+            wall_s=nan,
+            skipped="taken back, with a later step",
         )
 
 
@@ -278,25 +251,3 @@ def _micro_batches(batch: Batch, mine: slice, micro: int | None) -> Iterator[tup
     size = micro or len(tokens)
     places = [None] * -(-len(tokens) // size) if batch.positions is None else batch.positions[mine].split(size)
     yield from zip(tokens.split(size), labels.split(size), places, strict=True)
-
-
-def last_lambda(folder: Path) -> float:
-    """The factor of the last step that the log of a stage tells of; 0 where there is none."""
-    path = folder / LOG
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return float(json.loads(lines[-1])["l1_lambda"]) if lines else 0.0
-
-
-def _cut_log(path: Path, before: int) -> None:
-    """Keep only whole lines of steps before ``before``: the others are about to be run again."""
-    if not path.is_file():
-        return
-    kept: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["step"] < before:
-            kept.append(entry)
-    path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")

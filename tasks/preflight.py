@@ -17,6 +17,7 @@ from prosparse_core.planning.hardware import find_device
 from prosparse_core.precision import resolve_device
 from prosparse_core.recipe import Imported, Recipe, Runtime, Source
 from prosparse_core.store import require_space
+from prosparse_core.tracking import require as require_tracking
 from tasks import base_model
 from tasks.evaluation.benchmarks import plan_benchmarks
 from tasks.evaluation.checkpoint import config_of, of_source
@@ -70,6 +71,7 @@ def check(recipe: Recipe, home: Path, flow: str = "prosparse", *, elsewhere: boo
         return [*not_checked, "the machine it is to run on: its disk, GPUs and compiler"]
     _check_devices(recipe.runtime)
     _check_compiler(recipe.runtime)
+    require_tracking(recipe.runtime.tracking)
     shape = shape_of(recipe.model)
     if shape is not None:
         trained = settings.training_of(rows, recipe.seed) if rows is not None else None

@@ -130,7 +130,7 @@ def _build(
 ) -> None:
     from prosparse_core.mixing import Mixture
     from prosparse_core.stage_job import StageJob, run_stage
-    from prosparse_core.training import last_lambda
+    from prosparse_core.training_log import last_lambda
 
     runtime = run.recipe.runtime
     job = StageJob(
@@ -146,6 +146,7 @@ def _build(
         device=device,
         runtime=runtime,
         attend_across=run.recipe.data.attend_across_documents,
+        tracking=run.home / "tensorboard" / run.recipe.name / work.folder.name if runtime.tracking else None,
     )
     if runtime.is_launched:
         from prosparse_core.distributed.launch import launch

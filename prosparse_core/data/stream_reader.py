@@ -136,9 +136,11 @@ class Streams:
             )
 
     def close(self) -> None:
-        """End the preparation and remove the shards."""
+        """End the preparation and remove the shards; the next :meth:`release` may begin anywhere, and begins anew."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        self._process, self._first = None, {}
+        self._open.clear()
         if self._prepares:
             shutil.rmtree(self._scratch, ignore_errors=True)

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from prosparse_core.errors import BadInput, ProSparseError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+PATIENCE = timedelta(hours=12)
+"""How long one process waits for another to write its shard of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,25 @@ class Ranks:
         distributed.all_reduce(found)
         return found.tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        """What every process calls this with, by rank."""
+    def side_group(self) -> ProcessGroup | None:
+        """All of them once more, to talk on the CPU while the main group trains; None for a process alone.
+
+        Two threads must never use one group: what they exchange could meet in another order in every process.
+        """
+        if self.size == 1:
+            return None
+        from torch import distributed
+
+        return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def gather(self, value: Any, group: ProcessGroup | None = None) -> list[Any]:
+        """What every process calls this with, by rank; over ``group`` instead of the main one."""
         if self.size == 1:
             return [value]
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value)
+        distributed.all_gather_object(found, value, group=group)
         return found
 
     def from_first(self, value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Distill, Stage, Train
 from prosparse_core.schedule import l1_lambda, learning_rate
 from prosparse_core.substitute import use_relu
+from prosparse_core.training_log import LOG, cut_log
 
 
 class CountedMixture:
@@ -74,7 +76,7 @@ def logged(folder: Path, *, compiled: bool) -> list[dict[str, float]]:
         runtime=runtime,
         progress=Silent(),
     )
-    return [json.loads(line) for line in (folder / training.LOG).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -97,6 +99,14 @@ def test_compiled_layers_train_alike_and_are_compiled_once(tmp_path: Path) -> No
 
 class Interrupted(Exception):
     pass
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class StopAt(Silent):
@@ -150,7 +160,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for i in "012" for line in (folder / i / training.LOG).read_text().splitlines()]
+    return [json.loads(line) for i in "012" for line in (folder / i / LOG).read_text().splitlines()]
 
 
 def test_resuming_at_any_step_ends_in_equal_bits(tmp_path: Path) -> None:
@@ -212,32 +222,49 @@ def test_a_loss_that_is_not_finite_stops_the_stage(folders: Path) -> None:
     assert "lower train.lr" in (caught.value.hint or "")
 
 
+def saved(root: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    with checkpoint.Writer(root, model, optimizer, **options) as writer:
+        writer.save(step)
+
+
 def test_a_torn_checkpoint_is_ignored_and_a_corrupt_one_is_dropped_aloud(tmp_path: Path) -> None:
     model = tiny()
     optimizer = training.make_optimizer(model, recipe())
-    checkpoint.save(tmp_path, 3, model, optimizer)
+    saved(tmp_path, 3, model, optimizer)
     torn = tmp_path / ".step-00000006.1.tmp"
     shutil.copytree(tmp_path / "step-00000003", torn)
     assert checkpoint.latest(tmp_path) == checkpoint.Checkpoint(3, tmp_path / "step-00000003")
-    checkpoint.save(tmp_path, 6, model, optimizer)
+    saved(tmp_path, 6, model, optimizer)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006"]
 
-    (tmp_path / "step-00000006" / checkpoint.STATE).write_bytes(b"nonsense")
-    notes: list[str] = []
-
-    class Notes(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
-    assert checkpoint.restore(tmp_path, model, optimizer, Notes()) == (0, {})
-    assert "not readable" in notes[0]
+    (tmp_path / "step-00000006" / "__0_0.distcp").write_bytes(b"nonsense")
+    notes = Notes()
+    assert checkpoint.restore(tmp_path, model, optimizer, notes) == (0, {})
+    assert "not readable" in notes.notes[0]
     assert checkpoint.latest(tmp_path) is None
 
 
+def test_an_unreadable_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    model = tiny()
+    optimizer = training.make_optimizer(model, recipe())
+    for step in (3, 6):
+        saved(tmp_path, step, model, optimizer, reach=3)
+    (tmp_path / "step-00000006" / "progress.json").write_text("{")
+    assert checkpoint.restore(tmp_path, model, optimizer, Silent()) == (3, {})
+
+
+@pytest.mark.parametrize(
+    ("steps", "reach", "kept"),
+    [([3], 0, [3]), ([3, 6], 0, [6]), ([0, 3, 6], 4, [0, 3, 6]), ([0, 3, 6, 9], 5, [3, 6, 9]), ([2, 9], 20, [2, 9])],
+)
+def test_a_rollback_finds_a_checkpoint_that_is_old_enough(steps: list[int], reach: int, kept: list[int]) -> None:
+    assert checkpoint.needed(steps, reach) == kept
+
+
 def test_a_torn_last_line_of_the_log_is_cut(tmp_path: Path) -> None:
-    log = tmp_path / training.LOG
+    log = tmp_path / LOG
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
-    training._cut_log(log, before=3)
+    cut_log(log, before=3)
     assert log.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -275,7 +302,7 @@ def test_a_steered_stage_reaches_its_target_and_resumes_to_the_bit(tmp_path: Pat
         for i in "01":
             (tmp_path / name / i).mkdir(parents=True)
         run_stages(tmp_path / name, steered(220, target, lr), stops, every=40, mixture=SuccessionMixture())
-        lines = (tmp_path / name / "1" / training.LOG).read_text().splitlines()
+        lines = (tmp_path / name / "1" / LOG).read_text().splitlines()
         logs.append([json.loads(line) for line in lines])
     for key in ("l1_lambda", "sparsity", "lm_loss"):
         assert [e[key] for e in logs[0]] == [e[key] for e in logs[1]]
@@ -309,7 +336,7 @@ def test_distilling_pulls_towards_the_teacher(tmp_path: Path) -> None:
         with torch.no_grad():
             logits = [m(input_ids=batch.tokens, use_cache=False).logits for m in (model, teacher)]
         found[weight] = float(distillation_loss(*logits, batch.labels, 1.0))
-        logged = [json.loads(line)["distill"] for line in (folder / training.LOG).read_text().splitlines()]
+        logged = [json.loads(line)["distill"] for line in (folder / LOG).read_text().splitlines()]
         assert all((value is None) == (weight is None) for value in logged)
     assert found[4.0] < 0.8 * found[None]
     assert all(p.grad is None for p in teacher.parameters())

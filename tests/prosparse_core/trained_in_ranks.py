@@ -27,6 +27,7 @@ from prosparse_core.progress import Silent
 from prosparse_core.recipe import Runtime
 from prosparse_core.recipe_train import Distill, Stage, Train
 from prosparse_core.substitute import use_relu
+from prosparse_core.training_log import LOG
 
 STEPS = 8
 MODES = (
@@ -126,7 +127,7 @@ def train(
         teacher=tiny(seed=7) if "distill" in mode else None,
         ranks=ranks,
     )
-    lines = (folder / training.LOG).read_text().splitlines() if ranks.is_first else []
+    lines = (folder / LOG).read_text().splitlines() if ranks.is_first else []
     return [json.loads(line) for line in lines], model
 
 
@@ -153,7 +154,9 @@ def full_disk(folder: Path, ranks: Ranks) -> dict[str, Any]:
     model = model_of("fsdp")
     shard(model, "fp32")
     optimizer = training.make_optimizer(model, recipe("fsdp"))
-    checkpoint.save(folder, 3, model, optimizer, ranks=ranks)
+    writer = checkpoint.Writer(folder, model, optimizer, ranks=ranks)
+    writer.save(3)
+    writer.wait()
     before = torch.serialization.save
 
     def save(value: Any, file: Any) -> None:
@@ -162,7 +165,8 @@ def full_disk(folder: Path, ranks: Ranks) -> dict[str, Any]:
 
     if ranks.rank == 1:
         torch.save = save  # type: ignore[assignment]
-    said = refused_by(lambda: checkpoint.save(folder, 6, model, optimizer, ranks=ranks))
+    writer.save(6)
+    said = refused_by(writer.wait)
     torch.save = before
     ranks.gather(None)
     left = sorted(p.name for p in folder.iterdir())
@@ -173,7 +177,8 @@ def other_model(folder: Path, ranks: Ranks) -> dict[str, str]:
     """A checkpoint of a wider model, and one of the same shape but another identity."""
     model = model_of("fsdp", intermediate_size=61)
     optimizer = training.make_optimizer(model, recipe("fsdp"))
-    checkpoint.save(folder, 3, model, optimizer, ranks=ranks, identity={"model": "abc", "data": "d"})
+    with checkpoint.Writer(folder, model, optimizer, ranks=ranks, identity={"model": "abc", "data": "d"}) as writer:
+        writer.save(3)
     narrow = model_of("fsdp")
     parts = {"narrow": (narrow, {}), "named": (model, {"model": "xyz", "data": "d"})}
     return {
