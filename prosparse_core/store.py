@@ -29,8 +29,9 @@ RECORD = "artifact.json"
 DROPPED = "dropped.json"
 """Beside the record, where a retention rule took files away: file -> when and why. The record itself never changes."""
 FACTS = "facts.jsonl"
-VOLATILE_FILES = ("log.jsonl",)
-"""Files that hold wall-clock figures: kept and hashed, but not part of an artifact's digest."""
+VOLATILE_FILES = ("log.jsonl", "held_out.jsonl", "events.jsonl", "checkpoints.jsonl")
+"""Files that hold wall-clock figures, or what ``runtime`` asked for: kept and hashed, but not part of an artifact's
+digest."""
 CHUNK = 1 << 20
 
 

@@ -51,6 +51,15 @@ EXAMPLES: list[tuple[str, str]] = [
         "ORDER BY run_id, step",
     ),
     (
+        "Perplexity and sparsity of held-out text while it trained",
+        "SELECT run_id, stage, step, corpus, perplexity, sparsity FROM held_out_curve ORDER BY run_id, step, corpus",
+    ),
+    (
+        "Which steps were skipped or taken back, and what did checkpoints cost?",
+        "SELECT stage, step, action, reason, NULL AS blocking_share FROM train_events UNION ALL BY NAME "
+        "SELECT stage, num_checkpoints || ' checkpoints' AS reason, blocking_share FROM checkpoint_cost ORDER BY ALL",
+    ),
+    (
         "Which layers are the densest?",
         "SELECT v.setting, s.corpus, s.layer, s.sparsity, s.dead_frac FROM sparsity s "
         "JOIN variants v USING (variant) WHERE v.activation <> 'original' ORDER BY s.sparsity LIMIT 10",

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("prosparse.ledger")
 
-TRAINING_LOG = "log.jsonl"
+LOGS = {
+    "log.jsonl": ("train_metrics", ("stage", "step")),
+    "held_out.jsonl": ("held_out_metrics", ("stage", "step", "corpus")),
+    "events.jsonl": ("train_events", ("stage", "step")),
+    "checkpoints.jsonl": ("checkpoint_writes", ("stage", "step")),
+}
+"""What a stage wrote down while it trained: file -> where it goes, and what makes a row unique."""
 TABLES = {
     "variants": "variant_facts",
     "train_metrics": "train_metrics",
@@ -91,7 +97,7 @@ def ingest_artifact(con: DuckDBPyConnection, folder: Path, home: Path) -> bool:
         if scores and (differences := difference_rows(con, row["digest"], scores)):
             _insert(con, "differences", differences, folder, home)
         for table, rows in facts.items():
-            _insert(con, TABLES[table], rows, folder, home)
+            _insert(con, TABLES.get(table, table), rows, folder, home)
     con.execute(
         f"INSERT INTO artifacts ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
         list(row.values()),
@@ -178,14 +184,15 @@ def _created_at(record: dict[str, Any], folder: Path) -> datetime:
 
 def _read_facts(con: DuckDBPyConnection, folder: Path, digest: str) -> _Facts:
     facts = _Facts()
-    known = {name: {c: k for c, k in schema.columns(con, t).items() if c != "artifact"} for name, t in TABLES.items()}
+    known = {name: _columns(con, table) for name, table in TABLES.items()}
     path = folder / FACTS
     if path.is_file():
         for place, text in _lines(path):
             _add_fact(facts, place, text, known)
-    path = folder / TRAINING_LOG
-    if path.is_file():
-        _add_log(facts, path, known["train_metrics"])
+    for name, (table, key) in LOGS.items():
+        path = folder / name
+        if path.is_file():
+            _add_log(facts, path, table, key, known.get(table) or _columns(con, table))
     _declare_variants(con, facts)
     for rows in facts.rows.values():
         for row in rows:
@@ -227,9 +234,13 @@ def _add_fact(facts: _Facts, place: str, text: str, known: dict[str, dict[str, t
     facts.rows.setdefault(table, []).append(row)
 
 
-def _add_log(facts: _Facts, path: Path, known: dict[str, tuple[str, bool]]) -> None:
+def _columns(con: DuckDBPyConnection, table: str) -> dict[str, tuple[str, bool]]:
+    return {name: kind for name, kind in schema.columns(con, table).items() if name != "artifact"}
+
+
+def _add_log(facts: _Facts, path: Path, table: str, key: tuple[str, ...], known: dict[str, tuple[str, bool]]) -> None:
     """The last row of every step counts: a resumed stage may log a step again. Torn lines are left out, aloud."""
-    latest: dict[tuple[Any, Any], Row] = {}
+    latest: dict[tuple[Any, ...], Row] = {}
     for place, text in _lines(path):
         try:
             row = json.loads(text)
@@ -239,11 +250,12 @@ def _add_log(facts: _Facts, path: Path, known: dict[str, tuple[str, bool]]) -> N
         if torn:
             log.warning("%s: torn line left out of the ledger", place)
             continue
-        row = _typed(row, known, place, "train_metrics")
-        latest.pop((row.get("stage"), row["step"]), None)
-        latest[row.get("stage"), row["step"]] = row
+        row = _typed(row, known, place, table)
+        which = tuple(row.get(column) for column in key)
+        latest.pop(which, None)
+        latest[which] = row
     if latest:
-        facts.rows.setdefault("train_metrics", []).extend(latest.values())
+        facts.rows.setdefault(table, []).extend(latest.values())
 
 
 def _typed(row: Row, known: dict[str, tuple[str, bool]], place: str, table: str) -> Row:

@@ -25,7 +25,7 @@ HISTORY = ("run_starts", "run_ends", "step_starts", "step_ends")
 RENAMED = {("speed", "limit_speedup"): "byte_ratio"}
 """Columns of older ledgers and artifacts by table, and what they are called now; they mean the same."""
 _CARRIED_BY_CODE = ("schema_version", "published")
-_SQL = ("schema.sql", "views.sql", "paper.sql", "comparison.sql", "held_out.sql")
+_SQL = ("schema.sql", "views.sql", "paper.sql", "comparison.sql", "held_out.sql", "training.sql")
 _CSV = ("columns.csv", "published.csv")
 _HERE = Path(__file__).parent
 

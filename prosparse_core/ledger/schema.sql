@@ -66,9 +66,31 @@ COMMENT ON TABLE variant_facts IS 'Which variants an artifact measures; ask the 
 CREATE TABLE train_metrics (
   artifact VARCHAR NOT NULL, stage INTEGER, step BIGINT NOT NULL, tokens BIGINT, l1_lambda DOUBLE, lr DOUBLE,
   lm_loss DOUBLE, l1 DOUBLE, l1_term DOUBLE, mean_abs_x1 DOUBLE, sparsity DOUBLE, grad_norm DOUBLE,
-  tokens_per_s DOUBLE, wall_s DOUBLE, distill DOUBLE
+  tokens_per_s DOUBLE, wall_s DOUBLE, distill DOUBLE, skipped VARCHAR
 );
 COMMENT ON TABLE train_metrics IS 'The training log: one row per logged optimizer step of a stage.';
+
+CREATE TABLE held_out_metrics (
+  artifact VARCHAR NOT NULL, stage INTEGER NOT NULL, step BIGINT NOT NULL, corpus VARCHAR NOT NULL,
+  num_tokens BIGINT NOT NULL, lm_loss DOUBLE, sparsity DOUBLE
+);
+COMMENT ON TABLE held_out_metrics IS
+  'Looks at a few held-out windows of every corpus while a stage trains; ask the view held_out_curve.';
+
+CREATE TABLE train_events (
+  artifact VARCHAR NOT NULL, stage INTEGER NOT NULL, step BIGINT NOT NULL,
+  action VARCHAR NOT NULL CHECK (action IN ('skip', 'rollback', 'fail', 'ignore')), reason VARCHAR NOT NULL,
+  lm_loss DOUBLE, grad_norm DOUBLE, first_step BIGINT
+);
+COMMENT ON TABLE train_events IS
+  'One row per bad step of a stage: a loss or gradient that was not finite, or a spike, and what the rule did.';
+
+CREATE TABLE checkpoint_writes (
+  artifact VARCHAR NOT NULL, stage INTEGER NOT NULL, step BIGINT NOT NULL, bytes BIGINT NOT NULL,
+  blocking_s DOUBLE NOT NULL, write_s DOUBLE NOT NULL
+);
+COMMENT ON TABLE checkpoint_writes IS
+  'One row per checkpoint written while a stage trained; ask the view checkpoint_cost.';
 
 CREATE TABLE sparsity (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, corpus VARCHAR NOT NULL,

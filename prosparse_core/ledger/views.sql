@@ -169,7 +169,7 @@ COMMENT ON VIEW shrinkage IS
 CREATE VIEW loss_curve AS
   SELECT r.run_id, r.recipe, r.model, t.stage, t.step, t.tokens, t.l1_lambda, t.lr, t.lm_loss, t.l1, t.l1_term,
          t.lm_loss + coalesce(t.l1_term, 0) AS loss, t.distill, t.sparsity, t.mean_abs_x1, t.grad_norm, t.tokens_per_s,
-         t.artifact
+         t.skipped, t.artifact
   FROM train_metrics t JOIN run_artifacts r USING (artifact);
 COMMENT ON VIEW loss_curve IS
   'The training curve of a run, stage by stage, with lambda beside the loss it is added to.';

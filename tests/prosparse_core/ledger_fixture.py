@@ -47,6 +47,7 @@ def make_artifact(
     facts: list[Fact] | None = None,
     *,
     log: list[Fact] | None = None,
+    logs: dict[str, list[Fact]] | None = None,
     inputs: dict[str, Artifact] | None = None,
     meta: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
@@ -66,8 +67,8 @@ def make_artifact(
     work.mkdir(parents=True)
     (work / "result.txt").write_text(f"{label} {config}\n", encoding="utf-8")
     (work / FACTS).write_text("".join(json.dumps(fact) + "\n" for fact in facts or []), encoding="utf-8")
-    if log is not None:
-        (work / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    for name, lines in {**({} if log is None else {"log.jsonl": log}), **(logs or {})}.items():
+        (work / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     provenance = {
         "created_at": created_at.isoformat(timespec="seconds"),
         "host": "bench",

@@ -5,23 +5,26 @@ Run as a program it is one of the processes: see test_training_parallel.py.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import tiny
 
-from prosparse_core import checkpoint, training
+from prosparse_core import checkpoint, monitor, training
 from prosparse_core.distributed.parallel import shard
 from prosparse_core.distributed.ranks import ALONE, Ranks, joined
 from prosparse_core.document_masks import positions_of
 from prosparse_core.errors import ProSparseError
+from prosparse_core.guard import EVENTS
 from prosparse_core.mixing import Batch
 from prosparse_core.progress import Silent
 from prosparse_core.recipe import Runtime
@@ -46,8 +49,13 @@ class CountedMixture:
     first window hold several documents, other ones in each."""
 
     seq_len = 16
+    step = 0
+
+    def rewind(self) -> None:
+        pass
 
     def batch(self, step: int, sequences: int) -> Batch:
+        self.step = step
         tokens = torch.randint(3, 96, (sequences, 16), generator=torch.Generator().manual_seed(step))
         labels = tokens.clone()
         labels[0, :11] = -100
@@ -90,6 +98,8 @@ def recipe(mode: str) -> Train:
         warmup_steps=2,
         weight_decay=0.1,
         freeze=["embeddings"] if "frozen" in mode else [],
+        on_non_finite="rollback" if "spoilt" in mode else "skip",
+        rollback_steps=1,
         stages=[Stage(until_step=1, l1=0), Stage(until_step=STEPS, l1=2.0, distill=distill)],
     )
 
@@ -98,6 +108,26 @@ def model_of(mode: str, seed: int = 0, **changes: Any) -> Any:
     model = tiny(seed=seed, tie_word_embeddings="tied" in mode, **changes)
     use_relu(model)
     return model
+
+
+@contextlib.contextmanager
+def spoilt(mixture: CountedMixture, step: int | None) -> Iterator[None]:
+    """Inside, the loss of a step is no number."""
+    loss = training.next_token_loss
+
+    def spoilt_loss(*arguments: Any) -> torch.Tensor:
+        return loss(*arguments) * (float("nan") if mixture.step == step else 1.0)
+
+    training.next_token_loss = spoilt_loss
+    try:
+        yield
+    finally:
+        training.next_token_loss = loss
+
+
+def held_out() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    batches = {name: CountedMixture().batch(seed, 3) for seed, name in ((101, "code"), (102, "prose"))}
+    return {name: (batch.tokens, batch.labels) for name, batch in batches.items()}
 
 
 def train(
@@ -114,21 +144,27 @@ def train(
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if ranks.size > 1 and mode.startswith("fsdp"):
         shard(model, precision)  # type: ignore[arg-type]
-    training.train_stage(
-        model,
-        training.make_optimizer(model, recipe_),
-        CountedMixture(),  # type: ignore[arg-type]
-        recipe_,
-        1,
-        folder,
-        precision=precision,  # type: ignore[arg-type]
-        runtime=Runtime(**runtime),
-        progress=progress or Silent(),
-        teacher=tiny(seed=7) if "distill" in mode else None,
-        ranks=ranks,
-    )
-    lines = (folder / LOG).read_text().splitlines() if ranks.is_first else []
-    return [json.loads(line) for line in lines], model
+    mixture = CountedMixture()
+    with spoilt(mixture, 6 if "spoilt" in mode else None):
+        training.train_stage(
+            model,
+            training.make_optimizer(model, recipe_),
+            mixture,  # type: ignore[arg-type]
+            recipe_,
+            1,
+            folder,
+            precision=precision,  # type: ignore[arg-type]
+            runtime=Runtime(**runtime),
+            progress=progress or Silent(),
+            teacher=tiny(seed=7) if "distill" in mode else None,
+            ranks=ranks,
+            held_out=held_out(),
+        )
+    return lines(folder / LOG) if ranks.is_first else [], model
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def interrupted(folder: Path, mode: str, ranks: Ranks = ALONE) -> None:
@@ -200,6 +236,10 @@ def main(folder: Path) -> None:
             ranks.gather(None)
             found[f"{mode}-by-2"] = train(folder / f"{mode}-by-2", mode, ranks)[0]
             found[f"{mode}-by-1"] = train(folder / f"{mode}-by-1", mode, ranks)[0]
+            found[f"{mode}-watched"] = train(folder / f"{mode}-watched", mode, ranks, monitor_every=2)[0]
+            found[f"{mode}-spoilt"] = train(folder / f"{mode}-spoilt", f"{mode}-spoilt", ranks)[0]
+            found[f"{mode}-held-out"] = lines(folder / f"{mode}-watched" / monitor.LOG)
+            found[f"{mode}-events"] = lines(folder / f"{mode}-spoilt" / EVENTS)
         found["digests"] = refused_by(lambda: ranks.agree({"data": f"digest {ranks.rank}", "model": "same"}))
         found["full"] = full_disk(folder / "full", ranks)
         found["other"] = other_model(folder / "other", ranks)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trained_in_ranks import MODES, Notes, interrupted, train
+from trained_in_ranks import MODES, Notes, interrupted, lines, train
 from two_ranks import run_two
 
+from prosparse_core import monitor
 from prosparse_core.distributed.ranks import ALONE, joined
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.recipe import parse
@@ -79,6 +80,32 @@ def test_the_number_of_processes_may_change_on_resume(
 def test_two_processes_resume_to_the_bit(mode: str, ranks: list[dict[str, Any]]) -> None:
     for a, b in zip(ranks[0][mode], ranks[0][f"{mode}-by-2"], strict=True):
         assert {n: a[n] for n in NUMBERS} == {n: b[n] for n in NUMBERS}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_looks_at_held_out_text_leave_no_trace_and_see_the_same(
+    mode: str, ranks: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for a, b in zip(ranks[0][mode], ranks[0][f"{mode}-watched"], strict=True):
+        assert {n: a[n] for n in NUMBERS} == {n: b[n] for n in NUMBERS}
+    train(tmp_path, mode, monitor_every=2)
+    alone, seen = lines(tmp_path / monitor.LOG), ranks[0][f"{mode}-held-out"]
+    assert len(seen) == 8
+    for x, y in zip(alone, seen, strict=True):
+        assert {k: x[k] for k in ("step", "corpus", "num_tokens")} == {
+            k: y[k] for k in ("step", "corpus", "num_tokens")
+        }
+        assert y["lm_loss"] == pytest.approx(x["lm_loss"], rel=1e-5)
+        assert y["sparsity"] == pytest.approx(x["sparsity"], abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_rollback_of_two_processes_is_that_of_one(mode: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone, _ = train(tmp_path, f"{mode}-spoilt")
+    assert [e["step"] for e in ranks[0][f"{mode}-spoilt"] if e["skipped"]] == [5, 6]
+    assert [e["step"] for e in ranks[0][f"{mode}-events"]] == [6]
+    taken = [[e for e in log if not e["skipped"]] for log in (ranks[0][f"{mode}-spoilt"], alone)]
+    assert_equal_steps(*taken)
 
 
 def test_ranks_that_see_something_else_are_named(ranks: list[dict[str, Any]]) -> None:

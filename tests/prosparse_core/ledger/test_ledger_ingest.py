@@ -333,3 +333,59 @@ def test_facts_of_the_fixture_are_what_steps_write() -> None:
     for facts in (evaluation_facts(variant, 5.0, 0.5, 0.5, None), [variant, *threshold_facts(variant)]):
         assert [fact["table"] for fact in facts].count("variants") == 1
         assert {fact["variant"] for fact in facts} == {variant["variant"]}
+
+
+def test_what_a_stage_wrote_down_while_it_trained(tmp_path: Path) -> None:
+    steps = [
+        {**line, "skipped": "not finite: loss nan" if line["step"] == 3 else None}
+        for line in training_log(0, 1, 4, 0.1)
+    ]
+    looks = [
+        {"stage": 0, "step": 2, "corpus": corpus, "num_tokens": n, "lm_loss": loss, "sparsity": sparsity}
+        for corpus, n, loss, sparsity in (("code", 10, 9.0, 0.9), ("code", 10, 1.0, 0.5), ("prose", 30, 2.0, 0.7))
+    ]
+    events = [
+        {
+            "stage": 0,
+            "step": 3,
+            "action": "rollback",
+            "reason": "not finite",
+            "lm_loss": math.nan,
+            "grad_norm": 1.0,
+            "first_step": 2,
+        }
+    ]
+    writes = [{"stage": 0, "step": s, "bytes": 100, "blocking_s": 0.5, "write_s": 2.0} for s in (2, 4, 2)]
+    made = make_artifact(
+        tmp_path,
+        "stage",
+        "stage 0",
+        log=steps,
+        logs={"held_out.jsonl": looks, "events.jsonl": events, "checkpoints.jsonl": writes},
+    )
+    ledger = Ledger(tmp_path)
+    start_run(ledger, "r")
+    record_step(ledger, "r", made)
+    assert ask(ledger, "SELECT step, skipped FROM loss_curve WHERE skipped IS NOT NULL") == [
+        (3, "not finite: loss nan")
+    ]
+    curve = ask(ledger, "SELECT corpus, num_tokens, perplexity, sparsity, tokens FROM held_out_curve ORDER BY corpus")
+    tokens = steps[1]["tokens"]
+    assert curve == [
+        ("code", 10, pytest.approx(math.e), 0.5, tokens),
+        ("mixed", 40, pytest.approx(math.exp(70 / 40)), pytest.approx(0.65), tokens),
+        ("prose", 30, pytest.approx(math.exp(2)), 0.7, tokens),
+    ]
+    assert ask(ledger, "SELECT step, action, lm_loss, first_step FROM train_events") == [(3, "rollback", None, 2)]
+    wall = sum(line["wall_s"] for line in steps)
+    assert ask(ledger, "SELECT num_checkpoints, bytes, blocking_s, write_s, blocking_share FROM checkpoint_cost") == [
+        (2, 100, 1.0, 4.0, pytest.approx(1.0 / (wall + 1.0)))
+    ]
+
+
+def test_a_stages_other_logs_are_no_part_of_its_digest(tmp_path: Path) -> None:
+    """Looks at held-out text and checkpoints are the runtime's: a stage is the same with them and without."""
+    looks = [{"stage": 0, "step": 2, "corpus": "code", "num_tokens": 3, "lm_loss": 1.0, "sparsity": 0.5}]
+    plain = make_artifact(tmp_path / "plain", "stage", "s", log=[])
+    watched = make_artifact(tmp_path / "watched", "stage", "s", log=[], logs={"held_out.jsonl": looks})
+    assert plain.digest == watched.digest
