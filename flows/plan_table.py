@@ -7,6 +7,7 @@ from typing import Any, Literal
 from prosparse_core.planning.cost import Cost
 from prosparse_core.planning.hardware import GIB
 from prosparse_core.planning.preparation import Preparation
+from prosparse_core.planning.saving import Saving
 
 Rows = list[list[str]]
 
@@ -24,10 +25,11 @@ def cost_rows(cost: Cost) -> Rows:
         *([["", cost.remark]] if cost.remark else []),
         ["training hours", f"{cost.hours:,.1f} ({cost.assumption})"],
         *preparation_rows(cost.preparation),
+        ["checkpoints", saving_text(cost.saving)],
         ["disk, at most", f"{size(disk.most[keep])} (runtime.keep={keep}; with {other} {size(disk.most[other])})"],
         ["disk, stages", f"{size(disk.stages[keep])} (with {other} {size(disk.stages[other])})"],
         ["disk, a stage", f"{size(disk.stage)}, of which the optimizer's state {size(disk.stage - disk.base_model)}"],
-        ["disk, a checkpoint", f"{size(disk.checkpoint)}, two while one is written"],
+        ["disk, a checkpoint", f"{size(disk.checkpoint)}, {disk.num_checkpoints} of them while one is written"],
         ["disk, base model", size(disk.base_model)],
         ["disk, corpora", size(disk.corpora)],
         ["disk, export", f"{size(disk.export)}, predictor {size(disk.predictor)}"],
@@ -78,13 +80,20 @@ def stage_rows(cost: Cost) -> list[list[Any]]:
     return rows
 
 
+def saving_text(saving: Saving) -> str:
+    """How often a checkpoint comes, and what it costs."""
+    every = f"{saving.interval_s / 60:,.1f} min" if saving.interval_s < 5400 else f"{saving.interval_s / 3600:,.1f} h"
+    each = f"{size(saving.bytes)} each, {saving.blocking_s:,.1f} s waiting and {saving.write_s:,.1f} s behind it"
+    return f"{saving.number:,}, one every {every}: {saving.share:.1%} of the time; {each} ({saving.assumption})"
+
+
 def memory_rows(cost: Cost) -> Rows:
     """What a rank holds at its fullest, largest term first; then the sum and what there is."""
     memory, ranks = cost.memory, cost.layout.world
     rows = [[term, size(held)] for term, held in sorted(memory.terms.items(), key=lambda item: -item[1])]
     rows.append(["in all", size(memory.total) + (f", {size(cost.memory_bytes)} on {ranks} ranks" if ranks > 1 else "")])
     if memory.host_bytes:
-        rows.append(["host of the first rank", f"{size(memory.host_bytes)}, while what a stage leaves is written"])
+        rows.append(["host of the first rank", f"{size(memory.host_bytes)}, while a checkpoint or a stage is written"])
     return rows
 
 

@@ -13,6 +13,7 @@ from prosparse_core.planning.hardware import GIB, Device
 from prosparse_core.planning.layout import Asked, Layout, lay_out
 from prosparse_core.planning.memory import USABLE, Memory, Training, memory
 from prosparse_core.planning.preparation import Preparation, preparation
+from prosparse_core.planning.saving import Saving, saving
 from prosparse_core.planning.shapes import Weights
 from prosparse_core.planning.shapes import shape_of as shape_of
 from prosparse_core.precision import resolve
@@ -73,6 +74,7 @@ class Cost:
     fit: Fit
     preparation: Preparation
     disk: Disk
+    saving: Saving
     keep: Literal["last", "all"]
     stages: list[StageCost]
     corpora: dict[str, int]
@@ -128,6 +130,7 @@ def cost(
         fit=Fit(fits, limit, ways),
         preparation=preparation(recipe, layout, _taken(recipe), hours),
         disk=disk(recipe, shape),
+        saving=saving(recipe, shape, layout, hours),
         keep=recipe.runtime.keep,
         stages=_stages(recipe),
         corpora=_taken(recipe),
@@ -145,14 +148,14 @@ def comparison_cost(
     one = cost(recipe, shape, tokens_per_s, asked, machine_bytes)
     trained = settings.training_of(settings.rows(recipe), recipe.seed)
     more = trained.tokens / one.tokens
+    hours = one.hours * more
     return replace(
         one,
         tokens=trained.tokens,
         flops=one.flops * more,
-        hours=one.hours * more,
-        preparation=preparation(
-            recipe, one.layout, {name: count * more for name, count in one.corpora.items()}, one.hours * more
-        ),
+        hours=hours,
+        preparation=preparation(recipe, one.layout, {name: count * more for name, count in one.corpora.items()}, hours),
+        saving=saving(recipe, shape, one.layout, hours),
         disk=disk(recipe, shape, trained.num_stages, trained.num_last),
     )
 

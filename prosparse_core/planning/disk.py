@@ -21,7 +21,9 @@ class Disk:
     corpora: int
     stage: int
     checkpoint: int
-    """Inside a stage while it runs: as large as a stage, two of them while the newer one is written."""
+    """Inside a stage while it runs: as large as a stage."""
+    num_checkpoints: int
+    """At most, while the newest one is written; a rollback needs an older one besides."""
     stages: dict[Literal["all", "last"], int]
     """What all stages of the run leave, by rule."""
     export: int
@@ -45,6 +47,7 @@ def disk(recipe: Recipe, s: Shape, num_stages: int | None = None, num_last: int 
     corpora = TOKEN_BYTES * sum(source.max_tokens for source in recipe.data.sources)
     predictor = 4 * s.num_layers * recipe.predictor.hidden * (s.d_model + s.d_ff)
     rest = model + corpora
+    num_checkpoints = 2 + recipe.train.rolls_back
     # The last stage runs beside those before it; under last the one before keeps its state until this one is done.
     kept_moments = num_last * moments
     before_last = {"all": (number - 1) * stage, "last": (number - 1) * model + (kept_moments if number > 1 else 0)}
@@ -54,11 +57,12 @@ def disk(recipe: Recipe, s: Shape, num_stages: int | None = None, num_last: int 
         corpora=corpora,
         stage=stage,
         checkpoint=stage,
+        num_checkpoints=num_checkpoints,
         stages={"all": kept["all"], "last": kept["last"]},
         export=model,
         predictor=predictor,
         most={
-            "all": rest + max(before_last["all"] + 2 * stage, kept["all"] + model + predictor),
-            "last": rest + max(before_last["last"] + 2 * stage, kept["last"] + model + predictor),
+            "all": rest + max(before_last["all"] + num_checkpoints * stage, kept["all"] + model + predictor),
+            "last": rest + max(before_last["last"] + num_checkpoints * stage, kept["last"] + model + predictor),
         },
     )

@@ -66,7 +66,7 @@ class Memory:
     terms: dict[str, int]
     """Bytes by term; terms of 0 are left out."""
     host_bytes: int
-    """On GPUs: what the first rank needs besides, in its host's memory, to write what a stage leaves."""
+    """On GPUs: what the first node needs besides, in its own memory, to write checkpoints and what a stage leaves."""
 
     @property
     def total(self) -> int:
@@ -96,6 +96,7 @@ def memory(training: Training, layout: Layout) -> Memory:
         "weights": 4 * weights.all / shards,
         "optimizer": 8 * weights.trained(training.frozen_embeddings) / shards,
         "teacher": 4.0 * weights.all if training.teacher else 0.0,
+        "checkpoint copy": 0.0 if on_gpu else _checkpoint(training) / layout.world,
     }
 
     def small(blocks: list[_Blocks]) -> float:
@@ -167,7 +168,7 @@ def _moments(training: Training, layout: Layout) -> dict[str, list[_Blocks]]:
     ]
     written = [] if layout.device.is_gpu else [_Blocks(*c) for c in copied]
     if fsdp and not layout.device.is_gpu:
-        written.append(_Blocks("checkpoint buffers", 4 * weights.all + 8 * weights.trained(training.frozen_embeddings)))
+        written.append(_Blocks("checkpoint buffers", _checkpoint(training)))
     return {
         "the forward pass ends": [*before, *kept, held, *casts, *head_cast, *gathered],
         "the loss goes backward": [*before, *kept, *loss, *kept_casts, *gathered],
@@ -207,10 +208,19 @@ def _gathered(weights: Weights, b: int) -> list[_Blocks]:
     ]
 
 
+def _checkpoint(training: Training) -> float:
+    """Weights and moments: while a checkpoint is written in the background, each process holds a copy of its share."""
+    weights = Weights.of(training.shape)
+    return 4 * weights.all + 8 * weights.trained(training.frozen_embeddings)
+
+
 def _host(training: Training, layout: Layout) -> int:
-    """One GPU's weights are copied to be written; of several, the first rank also collects weights and moments."""
+    """What a stage leaves, or a checkpoint, whichever is more: of these a node holds a copy of its processes' shares.
+
+    One GPU's weights are copied to be written; of several, the first rank also collects weights and moments.
+    """
     if not layout.device.is_gpu:
         return 0
     weights = Weights.of(training.shape)
-    collected = 4 * weights.all + 8 * weights.trained(training.frozen_embeddings) if layout.world > 1 else 0
-    return 4 * weights.all + collected
+    collected = round(_checkpoint(training)) if layout.world > 1 else 0
+    return max(4 * weights.all + collected, round(_checkpoint(training) / layout.nodes))

@@ -49,8 +49,11 @@ FROM paper_gap WHERE run_id = {run} AND paper IS NOT NULL ORDER BY setting, l1, 
 SELECT DISTINCT v.variant, v.setting, v.checkpoint, v.seed, v.l1
 FROM variant_facts v JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDER BY ALL""",
     "training": """
-SELECT stage, step, tokens, l1_lambda, lr, lm_loss, l1_term, sparsity, tokens_per_s, artifact
-FROM loss_curve WHERE run_id = {run} ORDER BY step, stage, artifact""",
+SELECT c.stage, c.step, c.tokens, c.l1_lambda, c.lr, c.lm_loss, c.l1_term, c.sparsity,
+       c.tokens_per_s, h.lm_loss AS held_out_loss, h.sparsity AS held_out_sparsity, c.artifact
+FROM loss_curve c LEFT JOIN held_out_curve h
+  ON (h.run_id, h.artifact, h.stage, h.step, h.corpus) = (c.run_id, c.artifact, c.stage, c.step, 'mixed')
+WHERE c.run_id = {run} ORDER BY c.step, c.stage, c.artifact""",
     "cliff": """
 SELECT v.setting, e.corpus, e.value AS perplexity, e.n
 FROM evaluations e JOIN run_artifacts r USING (artifact) JOIN variant_facts v USING (artifact, variant)

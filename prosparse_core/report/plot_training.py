@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from prosparse_core.report.data import Record, ReportData
 from prosparse_core.report.format import is_number, number, pct, plain
 from prosparse_core.report.plot import Plot
-from prosparse_core.report.sheet import GRID, MUTED, PAPER, SERIES, SMALL, Sheet, grid
+from prosparse_core.report.sheet import GRID, INK, MUTED, PAPER, SERIES, SMALL, Sheet, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SET = ("l1_lambda", "lr")
 """What is set and not measured: drawn as it is."""
+HELD_OUT = {"lm_loss": "held_out_loss", "sparsity": "held_out_sparsity"}
+"""Which column lies beside a panel's own, from the looks at held-out text."""
 MAX_POINTS = 900
 """More raw points than this are drawn as the least and the greatest of each stretch; the data file has all."""
 
@@ -52,7 +54,7 @@ def training(data: ReportData) -> Plot:
         by_stage.setdefault(row["stage"], []).append(row)
     longest = max((len(part) for part in by_stage.values()), default=0)
     reach = min(longest // 24, 50) if longest >= 48 else 0
-    losses = [r["lm_loss"] for r in rows if is_number(r["lm_loss"])]
+    losses = [r[c] for r in rows for c in ("lm_loss", "held_out_loss") if is_number(r.get(c))]
     # Logarithmic where the loss spans more than a factor of three, so that its end is not a flat line.
     is_log = bool(losses) and 0 < 3 * min(losses) < max(losses)
     panels = [
@@ -74,6 +76,8 @@ def training(data: ReportData) -> Plot:
                 points = [(r["step"], factor * r[column]) for r in part if is_number(r[column])]
                 # A short stage is smoothed over less: its own course must stay visible.
                 _trace(ax, points, SERIES[number_], min(reach, len(part) // 8) if column not in SET else 0)
+            if column in HELD_OUT:
+                _held_out(ax, [(r["step"], factor * r[c]) for r in rows if is_number(r.get(c := HELD_OUT[column]))])
             _scale(ax, column, is_log)
             ax.tick_params(labelbottom=column == "sparsity")
             _stages(ax, by_stage, sheet if number_ == 0 else None, width - left - right)
@@ -89,6 +93,8 @@ def training(data: ReportData) -> Plot:
         if reach
         else "every logged step is drawn as it was measured."
     )
+    if any(is_number(r.get("held_out_loss")) for r in rows):
+        aid += " The dots are held-out text, a few fixed windows of the calibration files."
     return Plot(
         "training",
         "Training",
@@ -113,6 +119,12 @@ def _trace(ax: Axes, points: list[tuple[float, float]], color: str, reach: int) 
     means = smoothed([v for _, v in points], reach)
     x, y = zip(*thinned([(p[0], m) for p, m in zip(points, means, strict=True)], 300), strict=True)
     ax.plot(x, y, color=color)
+
+
+def _held_out(ax: Axes, points: list[tuple[float, float]]) -> None:
+    if points:
+        x, y = zip(*points, strict=True)
+        ax.plot(x, y, color=INK, marker="o", markersize=2.5, linewidth=0.8)
 
 
 def _scale(ax: Axes, column: str, is_log: bool) -> None:
@@ -181,5 +193,15 @@ def _alt_training(rows: list[Record], by_stage: dict[Any, list[Record]]) -> str:
         f"the loss goes from {number(first['lm_loss'])} to {number(last['lm_loss'])} nats, "
         f"lambda from {plain(first['l1_lambda'])} to {plain(last['l1_lambda'])}, "
         f"the learning rate from {plain(first['lr'])} to {plain(last['lr'])}, "
-        f"batch sparsity from {pct(first['sparsity'])} to {pct(last['sparsity'])}."
+        f"batch sparsity from {pct(first['sparsity'])} to {pct(last['sparsity'])}." + _alt_held_out(rows)
+    )
+
+
+def _alt_held_out(rows: list[Record]) -> str:
+    seen = [r for r in rows if is_number(r.get("held_out_loss"))]
+    if not seen:
+        return ""
+    return (
+        f" Held-out text, looked at {len(seen)} times, ends at {number(seen[-1]['held_out_loss'])} nats "
+        f"and {pct(seen[-1]['held_out_sparsity'])}."
     )

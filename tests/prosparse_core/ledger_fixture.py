@@ -123,6 +123,15 @@ def variant_fact(setting: str, checkpoint: Artifact, activation: str, thresholds
     }
 
 
+def training_logs(stage: int, last: int) -> dict[str, list[Fact]]:
+    """What a stage writes down beside a line a step: a look at held-out text, a skipped step, a checkpoint."""
+    at = {"stage": stage, "step": last}
+    looks = [{**at, "corpus": c, "num_tokens": 100, "lm_loss": 3.0 - 0.2 * stage, "sparsity": 0.6} for c in CORPORA]
+    event = {**at, "action": "skip", "reason": "not finite: loss nan, gradient norm nan", "lm_loss": math.nan}
+    write = {**at, "bytes": 1000, "blocking_s": 0.1, "write_s": 1.0}
+    return {"held_out.jsonl": looks, "events.jsonl": [event], "checkpoints.jsonl": [write]}
+
+
 def training_log(stage: int, first: int, last: int, l1_end: float) -> list[Fact]:
     """One line per optimizer step, as the training loop writes it."""
     return [
@@ -284,7 +293,8 @@ def build_home(path: Path) -> Home:
     checkpoint = base
     for stage, (first, last, l1) in enumerate([(1, 3, 0.0), (4, 5, 0.1), (6, 8, 0.4)]):
         inputs = {"checkpoint": checkpoint, "mixture": data}
-        checkpoint = make("stage", f"stage {stage}", log=training_log(stage, first, last, l1), inputs=inputs)
+        log, logs = training_log(stage, first, last, l1), training_logs(stage, last)
+        checkpoint = make("stage", f"stage {stage}", log=log, logs=logs, inputs=inputs)
     Store(path).drop(made["stage 0"], "result.txt", "runtime.keep=last")
     star = variant_fact("prosparse_star", checkpoint, "relu")
     calibration = [star, *threshold_facts(star)]

@@ -141,7 +141,13 @@ class Scribe:
             raise _Stopped
         work = self.store.work_folder(step, fingerprint(payload))
         work.mkdir(parents=True)
-        for name, lines in (("facts.jsonl", facts), ("log.jsonl", log or [])):
+        looks = [
+            {"stage": r["stage"], "step": r["step"], "corpus": c, "num_tokens": 64, "lm_loss": 2.0, "sparsity": 0.75}
+            for r in log or []
+            if r["step"] % 40 == 0
+            for c in self.story.corpora
+        ]
+        for name, lines in (("facts.jsonl", facts), ("log.jsonl", log or []), ("held_out.jsonl", looks)):
             (work / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         (work / "key").write_text(f"{run_id} {key}", encoding="utf-8")
         before = {role: self.made[name] for role, name in inputs.items()}

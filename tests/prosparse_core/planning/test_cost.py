@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flows import cli
-from flows.plan_table import preparation_rows
+from flows.plan_table import cost_rows, preparation_rows
 from prosparse_core import recipe as recipes
 from prosparse_core.errors import BadInput
 from prosparse_core.loss import next_token_loss
@@ -265,3 +265,43 @@ def test_the_plan_tells_each_stages_rate_and_corpora_and_what_is_taken_of_each()
     assert sum(found.corpora.values()) == recipe.train.total_tokens
     step = recipe.train.tokens_per_step
     assert found.corpora["ultrachat"] == pytest.approx((0.15 * 60_000 + 6_000) * step, rel=1 / 1024 / 0.15)
+
+
+def test_the_plan_says_what_checkpoints_cost() -> None:
+    """Two percent of the time at most; llama2-7b's 75 GiB every five minutes would have been a quarter of it."""
+    recipe = recipes.load("llama2-7b")
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    cost = planning.cost(recipe, shape)
+    saving = cost.saving
+    assert saving.bytes == cost.disk.checkpoint == 12 * cost.parameters
+    assert saving.share <= 0.02 + 1e-9
+    assert saving.interval_s >= saving.blocking_s + saving.write_s
+    assert saving.number == int(cost.hours * 3600 / saving.interval_s) > 10
+    assert cost.memory.host_bytes >= saving.bytes
+    tight = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"checkpoint_overhead": 0.001})})
+    assert planning.cost(tight, shape).saving.interval_s == pytest.approx(saving.blocking_s / 0.001)
+    fixed = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"checkpoint_every_minutes": 5})})
+    assert planning.cost(fixed, shape).saving.interval_s == 300
+    rows = dict(cost_rows(cost))
+    assert "one every" in rows["checkpoints"]
+    assert "GB/s a process" in rows["checkpoints"]
+
+
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_in_the_plan_and_writing_counts() -> None:
+    recipe = recipes.load("smollm2-135m")
+    shape = Shape(num_layers=30, d_model=576, d_ff=1536, vocab_size=49152, num_heads=9, num_kv_heads=3)
+    cost = planning.cost(recipe, shape)
+    assert cost.memory.terms["checkpoint copy"] == cost.saving.bytes
+    assert cost.saving.interval_s == pytest.approx((cost.saving.blocking_s + cost.saving.write_s) / 0.02)
+    two = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"processes": 2})})
+    shared = planning.cost(two, shape).memory.terms
+    assert shared["checkpoint copy"] == pytest.approx(cost.saving.bytes / 2, abs=1)
+
+
+def test_a_rollback_needs_room_for_an_older_checkpoint() -> None:
+    recipe = recipes.load("smollm2-135m")
+    train = recipe.train.model_copy(update={"on_non_finite": "rollback"})
+    plain, rolling = (planning.disk(r, SHAPE) for r in (recipe, recipe.model_copy(update={"train": train})))
+    assert (plain.num_checkpoints, rolling.num_checkpoints) == (2, 3)
+    assert rolling.most["all"] - plain.most["all"] in (0, plain.checkpoint)

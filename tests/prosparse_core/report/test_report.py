@@ -283,6 +283,14 @@ def test_one_csv_per_plot_with_every_row(told: Any, tmp_path: Path) -> None:
         rows = list(csv.DictReader(handle))
     sql = f"SELECT step, lm_loss FROM loss_curve WHERE run_id = '{story.run_id}' ORDER BY step"
     assert [(int(r["step"]), float(r["lm_loss"])) for r in rows] == ledger.query(sql).rows
+    seen = [
+        (int(r["step"]), float(r["held_out_loss"]), float(r["held_out_sparsity"])) for r in rows if r["held_out_loss"]
+    ]
+    assert seen == [(int(r["step"]), 2.0, 0.75) for r in rows if int(r["step"]) % 40 == 0]
+    assert seen
+    (plot,) = [p for p in plots(data) if p.name == "training"]
+    assert "The dots are held-out text" in plot.aid
+    assert f"looked at {len(seen)} times" in plot.alt
     early = write_data(told("stopped_early")[2], tmp_path / "early")
     assert [p.name for p in early] == ["training.csv"]
 
