@@ -68,13 +68,30 @@ class SpoiltMixture:
         return self
 
 
+def held_out() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Windows of two corpora to look at."""
+    found = {}
+    for seed, name in ((101, "code"), (102, "prose")):
+        batch = SpoiltMixture().batch(seed, 3)
+        labels = batch.labels.clone()
+        labels[:, : 5 * (seed - 100)] = -100
+        found[name] = (batch.tokens, labels)
+    return found
+
+
 def recipe(**changes: Any) -> Train:
     stages = [Stage(until_step=1, l1=0), Stage(until_step=STEPS, l1=0.5)]
     return Train(**{"tokens_per_step": 64, "lr": 3e-3, "stages": stages, **changes})
 
 
 def train(
-    folder: Path, mixture: Any = None, progress: Any = None, held_out: Any = None, dropout: float = 0.0, **options: Any
+    folder: Path,
+    mixture: Any = None,
+    progress: Any = None,
+    held_out: Any = None,
+    dropout: float = 0.0,
+    tracking: Path | None = None,
+    **options: Any,
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """(the weights, what the log says of each step) after stage 1, or where it broke off.
 
@@ -97,6 +114,7 @@ def train(
             runtime=Runtime(**runtime),
             progress=progress or Silent(),
             held_out=held_out,
+            tracking=tracking,
         )
     return {k: v.clone() for k, v in model.state_dict().items()}, lines(folder / LOG)
 

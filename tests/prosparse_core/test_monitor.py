@@ -8,23 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
-from short_stage import Notes, SpoiltMixture, equal, lines, recipe, train
+from short_stage import Notes, equal, held_out, lines, recipe, train
 
 from prosparse_core import monitor
 from prosparse_core.perplexity import measure
 from prosparse_core.recipe_train import L1Reduction
 from prosparse_core.regularizer import L1Regularizer
 from prosparse_core.substitute import use_relu
-
-
-def held_out() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    found = {}
-    for seed, name in ((101, "code"), (102, "prose")):
-        batch = SpoiltMixture().batch(seed, 3)
-        labels = batch.labels.clone()
-        labels[:, : 5 * (seed - 100)] = -100
-        found[name] = (batch.tokens, labels)
-    return found
 
 
 def test_the_weights_and_the_log_are_the_same_with_and_without(tmp_path: Path) -> None:
