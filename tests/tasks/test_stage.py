@@ -147,6 +147,31 @@ def test_a_trainers_own_error_is_the_steps(base: Any, tmp_path: Path) -> None:
         trained(broken, tmp_path / "home", processes=1)
 
 
+def test_a_stage_watched_and_saved_is_the_same_stage(base: Any, tmp_path: Path) -> None:
+    plain, _ = trained(base, tmp_path / "plain", monitor_every=0, checkpoint_every_steps=None)
+    run, seen = dataclasses.replace(base, home=tmp_path / "watched").run(**recipe(base, monitor_every=20))
+    watched = train_stage(run, run.recipe.train, 0, base.dense, base.corpora, dense=base.dense)
+    assert watched.digest == plain.digest
+    assert sum("held-out perplexity" in note for note in seen.notes) == 3
+    assert "held_out_ppl" in seen.updates[-1][2]
+    assert "held_out_ppl" not in seen.updates[18][2]
+    found = run.ledger.query("SELECT step, corpus, perplexity, tokens FROM held_out_curve ORDER BY ALL").rows
+    assert [(step, corpus) for step, corpus, *_ in found] == [
+        (step, corpus) for step in (20, 40, 60) for corpus in ("code", "mixed", "more")
+    ]
+    assert all(perplexity > 1 and tokens == 256 * step for step, _, perplexity, tokens in found)
+    cost = run.ledger.query("SELECT num_checkpoints, blocking_share FROM checkpoint_cost").rows
+    assert [number for number, _ in cost] == [STEPS // 3 - 1]
+    assert 0 < cost[0][1] < 1
+
+
+def test_tracking_without_tensorboard_is_refused_before_it_starts(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked = parse({**base.recipe, **recipe(base, tracking="tensorboard")})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    with pytest.raises(EnvironmentProblem, match=r"runtime.tracking=tensorboard, but the package tensorboard"):
+        check(tracked, base.home)
+
+
 def test_compiling_needs_a_compiler(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = parse({**base.recipe, **recipe(base, compile=True)})
     check(compiled, base.home)
