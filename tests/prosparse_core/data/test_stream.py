@@ -87,6 +87,9 @@ def test_batches_do_not_depend_on_where_one_begins(corpora: Path, tmp_path: Path
     with opened(corpora, tmp_path) as mixture:
         for step in range(STEPS // 2, STEPS + 1):
             assert equal(mixture.batch(step, SEQUENCES), straight[step - 1]), step
+        mixture.rewind()  # a rollback
+        for step in (3, 4, STEPS):
+            assert equal(mixture.batch(step, SEQUENCES), straight[step - 1]), step
     first = mixture.sample(0)
     assert first == Mixture(corpora, SEED).sample(0)
 
