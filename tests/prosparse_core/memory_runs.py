@@ -11,8 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2
@@ -91,6 +93,7 @@ def measure(case: Case) -> int:
 def train(case: Case) -> None:
     """In the child: build, train, write, print VmHWM."""
     import torch
+    from torch.distributed.checkpoint import FileSystemWriter
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from prosparse_core.memory import keep_freed_memory
@@ -109,6 +112,21 @@ def train(case: Case) -> None:
             generator = torch.Generator().manual_seed(step)
             tokens = torch.randint(3, case.vocab_size, (sequences, case.seq_len), generator=generator)
             return Batch(tokens=tokens, labels=tokens.clone(), corpora=[0] * sequences)
+
+    class Saving(Silent):
+        """Lets the writing of the checkpoint begin after the last step: until then its copy is there, as at worst."""
+
+        def update(self, done: float, total: float, **fields: float | int | str) -> None:
+            if done == total:
+                may_write.set()
+
+    may_write, write_data = threading.Event(), FileSystemWriter.write_data
+
+    def late(*arguments: Any) -> Any:
+        may_write.wait()
+        return write_data(*arguments)
+
+    FileSystemWriter.write_data = late
 
     def build() -> torch.nn.Module:
         config = AutoConfig.for_model(
@@ -146,7 +164,7 @@ def train(case: Case) -> None:
             Path(folder),
             precision=case.precision,  # type: ignore[arg-type]
             runtime=Runtime(checkpoint_every_steps=2),
-            progress=Silent(),
+            progress=Saving(),
             teacher=build().eval() if distil else None,
         )
         model.save_pretrained(folder)  # type: ignore[operator]
