@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prosparse_core.distributed.checkpoint_shards import rng_state, set_rng_state
 from prosparse_core.distributed.ranks import ALONE, Ranks
+from prosparse_core.document_masks import forward_arguments
 from prosparse_core.loss import IGNORED, next_token_loss
+from prosparse_core.mixing import Batch
 from prosparse_core.precision import Precision, autocast
 from prosparse_core.recipe_train import Train
 
@@ -48,11 +50,15 @@ class HeldOut:
     sparsity: float
 
 
-def windows(mixture: Mixture) -> dict[str, tuple[Tensor, Tensor]]:
-    """The first calibration windows of every corpus: tokens and labels, [windows, seq_len]."""
-    number = max(1, TOKENS // mixture.seq_len)
+def windows(mixture: Mixture) -> dict[str, Batch]:
+    """The first calibration windows of every corpus that has some."""
+    some = slice(max(1, TOKENS // mixture.seq_len))
     found = {name: mixture.calibration(name) for name in mixture.corpora}
-    return {name: (tokens[:number], labels[:number]) for name, (tokens, labels) in found.items()}
+    return {
+        name: Batch(b.tokens[some], b.labels[some], b.corpora[some], None if b.positions is None else b.positions[some])
+        for name, b in found.items()
+        if len(b.tokens)
+    }
 
 
 def every(train: Train, num_tokens: int, processes: int = 1) -> int:
@@ -77,7 +83,7 @@ class Monitor:
         self,
         model: nn.Module,
         regularizer: L1Regularizer,
-        held_out: Mapping[str, tuple[Tensor, Tensor]],
+        held_out: Mapping[str, Batch],
         *,
         stage: int,
         precision: Precision,
@@ -96,7 +102,7 @@ class Monitor:
         random, was_training = rng_state(), self._model.training
         self._model.eval()
         with torch.no_grad():
-            found = [self._corpus(step, name, *pair) for name, pair in self._held_out.items()]
+            found = [self._corpus(step, name, batch) for name, batch in self._held_out.items()]
         if isinstance(self._model, FSDPModule):
             self._model.reset_iter_state()  # it waits for the backward of every forward
         self._model.train(was_training)
@@ -106,13 +112,16 @@ class Monitor:
                 log.writelines(json.dumps(asdict(one)) + "\n" for one in found)
         return found
 
-    def _corpus(self, step: int, name: str, tokens: Tensor, labels: Tensor) -> HeldOut:
+    def _corpus(self, step: int, name: str, batch: Batch) -> HeldOut:
         device = next(self._model.parameters()).device
-        nll, count = 0.0, int((labels[:, 1:] != IGNORED).sum())
-        for x, y in zip(tokens.split(self._batch_size), labels.split(self._batch_size), strict=True):
+        nll, count = 0.0, int((batch.labels[:, 1:] != IGNORED).sum())
+        for start in range(0, len(batch.tokens), self._batch_size):
+            rows = slice(start, start + self._batch_size)
+            x, y = batch.tokens[rows].to(device), batch.labels[rows].to(device)
+            more = forward_arguments(self._model, None if batch.positions is None else batch.positions[rows])
             with autocast(self._precision, device.type):
-                logits = self._model(input_ids=x.to(device), use_cache=False).logits
-            nll += float(next_token_loss(logits, y.to(device)))
+                logits = self._model(input_ids=x, use_cache=False, **more).logits
+            nll += float(next_token_loss(logits, y))
         _, _, sparsity = self._regularizer.collect()
         return HeldOut(self._stage, step, name, count, nll / max(1, count), sparsity)
 

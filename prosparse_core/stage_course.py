@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from prosparse_core import checkpoint, monitor
 from prosparse_core.checkpoint_pace import Clock
 from prosparse_core.errors import ProSparseError
@@ -26,6 +24,7 @@ from prosparse_core.tracking import Tracker
 from prosparse_core.training_log import CHECKPOINT_LOG, CHECKPOINTS, LOG, StepMetrics, cut_log
 
 if TYPE_CHECKING:
+    from prosparse_core.mixing import Batch
     from prosparse_core.training import Loop
 
 
@@ -201,10 +200,8 @@ class StageCourse:
 class Eyes:
     """When a stage looks at held-out text, and what it saw last."""
 
-    def __init__(
-        self, loop: Loop, runtime: Runtime, folder: Path, held_out: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        tokens = sum(windows.numel() for windows, _ in held_out.values())
+    def __init__(self, loop: Loop, runtime: Runtime, folder: Path, held_out: Mapping[str, Batch]) -> None:
+        tokens = sum(batch.tokens.numel() for batch in held_out.values())
         every = runtime.monitor_every
         self._every = monitor.every(loop.train, tokens, loop.ranks.size) if every is None else every
         self._every = self._every if held_out else 0

@@ -69,7 +69,7 @@ def train_stage(
     lambda_before: float = 0.0,
     ranks: Ranks = ALONE,
     identity: Mapping[str, str] | None = None,
-    held_out: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    held_out: Mapping[str, Batch] | None = None,
     tracking: Path | None = None,
 ) -> None:
     """Train ``model`` in place through stage ``index``, from wherever its newest checkpoint stands.

@@ -68,14 +68,15 @@ class SpoiltMixture:
         return self
 
 
-def held_out() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Windows of two corpora to look at."""
+def held_out() -> dict[str, Batch]:
+    """Windows of two corpora to look at; those of one hold two documents each."""
     found = {}
     for seed, name in ((101, "code"), (102, "prose")):
         batch = SpoiltMixture().batch(seed, 3)
         labels = batch.labels.clone()
         labels[:, : 5 * (seed - 100)] = -100
-        found[name] = (batch.tokens, labels)
+        positions = torch.arange(16).remainder(9).expand(3, 16) if name == "prose" else None
+        found[name] = Batch(batch.tokens, labels, batch.corpora, positions)
     return found
 
 

@@ -39,8 +39,8 @@ def test_it_sees_what_evaluation_sees(tmp_path: Path) -> None:
         )
         found = eyes.look(7)
     assert lines(tmp_path / monitor.LOG) == [vars(one) for one in found]
-    for one, (name, (tokens, labels)) in zip(found, held_out().items(), strict=True):
-        wanted = measure(model, tokens, labels, precision="fp32")
+    for one, (name, batch) in zip(found, held_out().items(), strict=True):
+        wanted = measure(model, batch.tokens, batch.labels, batch.positions, precision="fp32")
         assert (one.stage, one.step, one.corpus, one.num_tokens) == (2, 7, name, wanted.num_tokens)
         assert one.lm_loss == pytest.approx(wanted.nll / wanted.num_tokens, rel=1e-6)
         assert one.sparsity == pytest.approx(wanted.sparsity, abs=1e-6)

@@ -125,9 +125,8 @@ def spoilt(mixture: CountedMixture, step: int | None) -> Iterator[None]:
         training.next_token_loss = loss
 
 
-def held_out() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    batches = {name: CountedMixture().batch(seed, 3) for seed, name in ((101, "code"), (102, "prose"))}
-    return {name: (batch.tokens, batch.labels) for name, batch in batches.items()}
+def held_out() -> dict[str, Batch]:
+    return {name: CountedMixture().batch(seed, 3) for seed, name in ((101, "code"), (102, "prose"))}
 
 
 def train(
