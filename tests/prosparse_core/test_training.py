@@ -358,7 +358,7 @@ def test_a_teacher_sees_documents_as_the_model_does(tmp_path: Path) -> None:
         progress=Silent(),
         teacher=tiny(),
     )
-    found = [json.loads(line)["distill"] for line in (tmp_path / training.LOG).read_text().splitlines()]
+    found = [json.loads(line)["distill"] for line in (tmp_path / LOG).read_text().splitlines()]
     assert found == pytest.approx([0, 0, 0], abs=1e-6)
     batch = CountedMixture().batch(1, 4)
     with torch.no_grad():
