@@ -24,6 +24,7 @@ def cost_rows(cost: Cost) -> Rows:
         *([["", cost.remark]] if cost.remark else []),
         ["training hours", f"{cost.hours:,.1f} ({cost.assumption})"],
         *preparation_rows(cost.preparation),
+        *([["measuring hours", f"{cost.measuring_hours:,.1f} (thresholds and held-out text)"]] if cost.measuring_hours else []),
         ["disk, at most", f"{size(disk.most[keep])} (runtime.keep={keep}; with {other} {size(disk.most[other])})"],
         ["disk, stages", f"{size(disk.stages[keep])} (with {other} {size(disk.stages[other])})"],
         ["disk, a stage", f"{size(disk.stage)}, of which the optimizer's state {size(disk.stage - disk.base_model)}"],

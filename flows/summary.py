@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prosparse_core.recipe import Recipe
+from prosparse_core.settings import FATRELU
 from prosparse_core.store import FACTS, Artifact, make_folder, read_record, write_json
 from tasks.step import Run
+
+
+MOST_HELD_OUT = 4
+"""Lines about thresholds below the closing table; a comparison calibrates every setting and seed."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,8 @@ class SettingResult:
     threshold: float | None
     """FATReLU's, as the mean over layers where each has its own."""
     l1: float | None = None
+    factor: float | None = None
+    """l1 where the setting has rows of several, or is a fixed factor."""
     seed: int | None = None
     """Given where it is not the recipe's."""
     scope: str | None = None
@@ -36,8 +44,8 @@ class SettingResult:
 
     @property
     def label(self) -> str:
-        """The setting, with what tells it from others of that name: a fixed factor, a further seed."""
-        factor = f" {self.l1:g}" if self.setting == "fixed_l1" and self.l1 is not None else ""
+        """The setting, with what tells it from others of that name: its last factor, a further seed."""
+        factor = "" if self.factor is None else f" {self.factor:g}"
         return self.setting + factor + ("" if self.seed is None else f" (seed {self.seed})")
 
 
@@ -65,8 +73,11 @@ class Result:
             f"thresholds  {row['setting']}: perplexity {row['perplexity_increase_pct']:+.2f} % on evaluation files "
             f"({row['promised_increase_pct']:+.2f} % on calibration files), sparsity "
             f"{100 * row['sparsity_gain']:+.2f} points ({100 * row['promised_sparsity_gain']:+.2f})"
-            for row in self.held_out
+            for row in self.held_out[:MOST_HELD_OUT]
         ]
+        if len(self.held_out) > MOST_HELD_OUT:
+            more = len(self.held_out) - MOST_HELD_OUT
+            lines.append(f'            and {more} more: prosparse query "FROM threshold_held_out"')
         if self.predictor:
             p = self.predictor
             lines.append(
@@ -122,7 +133,7 @@ def of_run(run: Run) -> Result:
         if artifact.step == "calibrate":
             calibrated = meta
         elif artifact.step == "evaluate":
-            result.settings.append(_setting(artifact, meta, calibrated, run.recipe.seed))
+            result.settings.append(_setting(artifact, meta, calibrated, run.recipe))
             result.corpora = list(meta["perplexity"])
             if meta.get("benchmarks"):
                 result.benchmarks[result.settings[-1].label] = meta["benchmarks"]
@@ -146,15 +157,20 @@ def _held_out(run: Run) -> list[dict[str, Any]]:
         "SELECT setting, variant, scope, threshold, cett, perplexity_increase_pct, promised_increase_pct, "
         f"sparsity_gain, promised_sparsity_gain FROM threshold_held_out WHERE run_id = {literal} AND corpus = 'mixed' "
         "AND perplexity_increase_pct + promised_increase_pct + sparsity_gain + promised_sparsity_gain IS NOT NULL "
-        "ORDER BY setting, variant"
+        "ORDER BY setting <> 'prosparse', setting, variant"
     ).records()
 
 
-def _setting(artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[str, Any], seed: int) -> SettingResult:
+def _setting(
+    artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[str, Any], recipe: Recipe
+) -> SettingResult:
     variant = read_record(artifact.path)["payload"]["config"]["variant"]
     facts = (json.loads(line) for line in (artifact.path / FACTS).read_text(encoding="utf-8").splitlines())
     training = next(fact for fact in facts if fact["table"] == "variants")
     thresholds = calibrated if variant["activation"] == "fatrelu" else {}
+    has_factors = variant["setting"].removesuffix(FATRELU) == "fixed_l1" or (
+        variant["setting"] in ("prosparse_star", "prosparse") and len(recipe.compare.final_l1) > 1
+    )
     return SettingResult(
         setting=variant["setting"],
         perplexity=meta["perplexity"],
@@ -163,7 +179,8 @@ def _setting(artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[st
         threshold=thresholds.get("mean_threshold"),
         scope=thresholds.get("scope"),
         l1=training["l1"],
-        seed=None if training["seed"] in (None, seed) else training["seed"],
+        factor=training["l1"] if has_factors else None,
+        seed=None if training["seed"] in (None, recipe.seed) else training["seed"],
     )
 
 

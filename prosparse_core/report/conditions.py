@@ -45,8 +45,8 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said += [f"Training tokens per setting: {tokens}; what holds so early need not hold later."] if tokens else []
     rows = sorted(data["comparison"], key=lambda r: (*course_order(r, None), r["variants"]))
     trained = [r for r in rows if r["tokens_seen"]]
-    single = [_named(r) for r in trained if r["num_seeds"] < 2]
-    several = [_named(r) for r in trained if r["num_seeds"] > 1]
+    single = [_named(r, trained) for r in trained if r["num_seeds"] < 2]
+    several = [_named(r, trained) for r in trained if r["num_seeds"] > 1]
     if single:
         said.append(f"One seed, so no spread over seeds: {', '.join(single)}.")
     if several:
@@ -57,7 +57,7 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
         "text, so they are wider than what separates two settings; the spread over seeds tells what training repeats."
     )
     said.append(
-        "Fixed factors were measured at a few values; between two of them the logarithm of perplexity is taken as "
+        "Each arm was measured at a few last factors; between two of them the logarithm of perplexity is taken as "
         "linear in sparsity, and beyond them nothing is claimed."
     )
     section = data.recipe.get("compare")
@@ -77,8 +77,10 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     return said
 
 
-def _named(row: Record) -> str:
-    return f"{name_of(row['setting'])} {factor(row['l1'])}" if row["setting"] == "fixed_l1" else name_of(row["setting"])
+def _named(row: Record, rows: Sequence[Record]) -> str:
+    """A setting, with its factor where there are rows of several."""
+    is_alone = row["setting"] != "fixed_l1" and sum(r["setting"] == row["setting"] for r in rows) == 1
+    return name_of(row["setting"]) if is_alone else f"{name_of(row['setting'])} {factor(row['l1'])}".strip()
 
 
 def _places(data: ReportData) -> list[Record]:

@@ -65,7 +65,9 @@ def test_thresholds_are_calibrated_for_every_setting_that_runs_relu() -> None:
 
 
 def test_both_arms_end_at_the_same_factors() -> None:
-    recipe = recipes.load("tiny", ["compare.settings=[fixed_l1, prosparse_star, prosparse]", "compare.final_l1=[0.1, 0.2, 0.4]"])
+    recipe = recipes.load(
+        "tiny", ["compare.settings=[fixed_l1, prosparse_star, prosparse]", "compare.final_l1=[0.1, 0.2, 0.4]"]
+    )
     by_setting: dict[str, list[float]] = {}
     for row in settings.rows(recipe):
         assert row.train is not None

@@ -202,7 +202,10 @@ def test_both_arms_are_curves_and_each_is_read_at_the_points_of_the_other(small:
     told = {(r["measured"], r["l1"]): r for r in found(small, *rows)}
     assert set(told) == {("progressive", 0.2), ("progressive", 0.6), ("progressive", 1.0),
                          ("fixed", 0.2), ("fixed", 0.5), ("fixed", 0.9)}  # fmt: skip
-    for measured, arm, other in (("progressive", "prosparse_star", "fixed_l1"), ("fixed", "fixed_l1", "prosparse_star")):
+    for measured, arm, other in (
+        ("progressive", "prosparse_star", "fixed_l1"),
+        ("fixed", "fixed_l1", "prosparse_star"),
+    ):
         for factor, (sparsities, differences) in twin(rows, arm, other).items():
             row = told[measured, factor]
             assert row["num_pairs"] == len(differences)
@@ -215,7 +218,9 @@ def test_both_arms_are_curves_and_each_is_read_at_the_points_of_the_other(small:
             if len(differences) > 1:
                 error = statistics.stdev(differences) / math.sqrt(len(differences))
                 half = stats.t.ppf(0.975, len(differences) - 1) * error
-                assert math.log1p(row["difference_high_pct"] / 100) == pytest.approx(statistics.mean(differences) + half)
+                assert math.log1p(row["difference_high_pct"] / 100) == pytest.approx(
+                    statistics.mean(differences) + half
+                )
             else:
                 assert (row["difference_low_pct"], row["no_interval"].split(";")[0]) == (
                     None, "one pair of seeds has no spread: an interval needs two",
