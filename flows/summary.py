@@ -14,7 +14,6 @@ from prosparse_core.settings import FATRELU
 from prosparse_core.store import FACTS, Artifact, make_folder, read_record, write_json
 from tasks.step import Run
 
-
 MOST_HELD_OUT = 4
 """Lines about thresholds below the closing table; a comparison calibrates every setting and seed."""
 

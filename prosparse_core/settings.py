@@ -16,7 +16,6 @@ from prosparse_core.recipe import Recipe
 from prosparse_core.recipe_train import Stage, Train
 from prosparse_core.store import canonical_json
 
-
 FATRELU = "_fatrelu"
 """Ends the name of a setting measured with calibrated thresholds; with them prosparse_star is prosparse."""
 

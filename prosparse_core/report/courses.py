@@ -71,7 +71,7 @@ def course_order(row: Record, recipe_seed: Any) -> tuple[Any, ...]:
 
 
 def last_factor(recipe: Record) -> Any:
-    """Where lambda ends in the recipe's own stages, before an ending ``phase: sft``; None where they are not readable."""
+    """Where lambda ends in a recipe's own stages, before an ending ``phase: sft``; None where it cannot be read."""
     train = recipe.get("train")
     stages = train.get("stages") if isinstance(train, dict) else None
     own = [s.get("l1") for s in stages or [] if isinstance(s, dict) and s.get("phase") != "sft"]

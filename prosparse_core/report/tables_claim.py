@@ -136,8 +136,8 @@ def caveats(data: ReportData) -> list[str]:
             left = [_range(r["lr_left"] for r in rows) for rows in courses]
             steps = [_or({round(r["steps_at_last_l1"]) for r in rows}) for rows in courses]
             said.append(
-                f"When λ reaches its last value, {left[0]} of the learning rate, summed over the regularized steps, is left "
-                f"to the progressive stages ({steps[0]} steps), {left[1]} to a fixed factor ({steps[1]} steps)."
+                f"When λ reaches its last value, {left[0]} of the learning rate, summed over the regularized steps, is "
+                f"left to the progressive stages ({steps[0]} steps), {left[1]} to a fixed factor ({steps[1]} steps)."
             )
     there = {r["setting"] for r in data["comparison"]}
     if CLAIM in there and (SHIFTED in there) != (FIXED[1] in there):

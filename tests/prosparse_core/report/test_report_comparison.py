@@ -261,7 +261,7 @@ ABSENT = {**NOT_KNOWN, "difference_pct": None, "fixed_perplexity": None, "num_pa
         ({}, "Of one interval 1 lies below 0; that is a statement about trainings of this length alone."),
         ({"difference_pct": 4.8, "difference_low_pct": 2.8, "difference_high_pct": 6.8}, "one interval 1 lies above 0"),
         ({"difference_high_pct": 1.1}, "Of one interval 1 holds it; that is"),
-        (NOT_KNOWN, "−4.8 % at 87.0 % (no interval: 1 pair of seeds). Without two pairs of seeds this decides nothing."),
+        (NOT_KNOWN, "−4.8 % at 87.0 % (no interval: 1 pair of seeds). Without two pairs of seeds this decides"),
         (ABSENT, "This run cannot tell whether at matched sparsity progressive regularization has a lower perplexity "
                  "than a fixed factor: too sparse."),
     ],
@@ -294,7 +294,7 @@ def test_the_verdict_tells_of_every_factor_and_of_thresholds(data: ReportData) -
 
 
 def test_the_page_says_what_the_interval_does_not(data: ReportData) -> None:
-    """Of the made-up comparison, whose arms end at different factors, share stage 0, and have thresholds on one side."""
+    """Of the made-up comparison: arms that end at different factors, a shared stage 0, thresholds on one side."""
     said = [line.replace(SPACE, " ") for line in caveats(data)]
     assert said == [
         "The arms end at different λ: 1 against 0.3 and 0.8.",
