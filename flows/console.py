@@ -249,10 +249,10 @@ def print_result(result: summary.Result) -> None:
             [s.label, *(_both(s, c) for c in result.corpora), _pct(s.accuracy), s.threshold_text]
             for s in result.settings
         ]
-        table(columns, rows, title=f"{result.recipe} · held-out files: token perplexity, sparsity")
+        table(columns, rows, title=f"{result.recipe} · {result.model} · held-out files: token perplexity, sparsity")
     if result.benchmarks:
         columns, rows = benchmark_table(result.benchmarks)
-        table(columns, rows, title=f"{result.recipe} · benchmarks")
+        table(columns, rows, title=f"{result.recipe} · {result.model} · benchmarks")
     for line in result.lines:
         out.print(escape(line))
 

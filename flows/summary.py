@@ -11,6 +11,7 @@ from typing import Any
 
 from prosparse_core.recipe import Recipe
 from prosparse_core.settings import FATRELU
+from prosparse_core.source_precision import named
 from prosparse_core.store import FACTS, Artifact, make_folder, read_record, write_json
 from tasks.step import Run
 
@@ -54,6 +55,8 @@ class Result:
 
     run_id: str
     recipe: str
+    model: str = ""
+    """With the precision its weights came in."""
     corpora: list[str] = field(default_factory=list)
     settings: list[SettingResult] = field(default_factory=list)
     predictor: Mapping[str, Any] | None = None
@@ -132,7 +135,10 @@ def of_run(run: Run) -> Result:
         if artifact.step == "calibrate":
             calibrated = meta
         elif artifact.step == "evaluate":
-            result.settings.append(_setting(artifact, meta, calibrated, run.recipe))
+            fact = _variant_fact(artifact)
+            result.settings.append(_setting(artifact, meta, calibrated, fact, run.recipe))
+            if not result.model or fact["model"] == run.recipe.model.id:
+                result.model = named(fact["model"], fact.get("source_precision"))
             result.corpora = list(meta["perplexity"])
             if meta.get("benchmarks"):
                 result.benchmarks[result.settings[-1].label] = meta["benchmarks"]
@@ -160,12 +166,20 @@ def _held_out(run: Run) -> list[dict[str, Any]]:
     ).records()
 
 
+def _variant_fact(artifact: Artifact) -> Mapping[str, Any]:
+    """The line of an evaluation's facts that describes its variant."""
+    facts = (json.loads(line) for line in (artifact.path / FACTS).read_text(encoding="utf-8").splitlines())
+    return next(fact for fact in facts if fact["table"] == "variants")
+
+
 def _setting(
-    artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[str, Any], recipe: Recipe
+    artifact: Artifact,
+    meta: Mapping[str, Any],
+    calibrated: Mapping[str, Any],
+    training: Mapping[str, Any],
+    recipe: Recipe,
 ) -> SettingResult:
     variant = read_record(artifact.path)["payload"]["config"]["variant"]
-    facts = (json.loads(line) for line in (artifact.path / FACTS).read_text(encoding="utf-8").splitlines())
-    training = next(fact for fact in facts if fact["table"] == "variants")
     thresholds = calibrated if variant["activation"] == "fatrelu" else {}
     has_factors = variant["setting"].removesuffix(FATRELU) == "fixed_l1" or (
         variant["setting"] in ("prosparse_star", "prosparse") and len(recipe.compare.final_l1) > 1

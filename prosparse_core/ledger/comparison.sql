@@ -53,8 +53,8 @@ CREATE VIEW comparison AS
   numbered AS ( -- two variants of one seed and factor are no spread over seeds: each has a line of its own
     SELECT *, row_number() OVER (PARTITION BY run_id, model, setting, factor, seed ORDER BY variant) AS twin
     FROM factored)
-  SELECT run_id, recipe, model, setting, CASE WHEN min(l1) = max(l1) THEN min(l1) END AS l1,
-    count(*) AS num_seeds, list(seed ORDER BY seed, variant) AS seeds,
+  SELECT run_id, recipe, model, any_value(source_precision) AS source_precision, setting,
+    CASE WHEN min(l1) = max(l1) THEN min(l1) END AS l1, count(*) AS num_seeds, list(seed ORDER BY seed, variant) AS seeds,
     avg(perplexity ORDER BY seed, variant) AS perplexity, stddev_samp(perplexity ORDER BY seed, variant) AS perplexity_sd,
     avg(perplexity_stderr ORDER BY seed, variant) AS perplexity_stderr,
     avg(sparsity ORDER BY seed, variant) AS sparsity, stddev_samp(sparsity ORDER BY seed, variant) AS sparsity_sd,

@@ -3,8 +3,9 @@
 EXAMPLES: list[tuple[str, str]] = [
     (
         "How do the settings compare: sparsity, perplexity, accuracy?",
-        "SELECT recipe, model, setting, round(100 * sparsity, 2) AS sparsity_pct, round(perplexity, 3) AS perplexity, "
-        "round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard ORDER BY model, sparsity",
+        "SELECT recipe, model, source_precision, setting, round(100 * sparsity, 2) AS sparsity_pct, "
+        "round(perplexity, 3) AS perplexity, round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard "
+        "ORDER BY model, sparsity",
     ),
     (
         "How do the settings compare over seeds?",

@@ -19,7 +19,7 @@ def conditions(runs: Sequence[ReportData]) -> Grid:
     grid = Grid("Conditions", [*columns, *(Column(str(d.run["run_id"]), is_number=False) for d in runs)])
     lines = [
         ("Recipe", lambda d: str(d.run["recipe"])),
-        ("Model", lambda d: str(d.run["model"])),
+        ("Model", lambda d: d.model),
         ("Kind", lambda d: "comparison of settings" if d.is_comparison else f"flow {d.run['flow']}"),
         ("Started", lambda d: when(d.run["started_at"])),
         ("Outcome", lambda d: f"{d.run['status']}, {_time(d)}"),
@@ -60,6 +60,12 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
         "Each arm was measured at a few last factors; between two of them the logarithm of perplexity is taken as "
         "linear in sparsity, and beyond them nothing is claimed."
     )
+    dequantised = list(dict.fromkeys(run.model for run in runs if "dequantised" in run.model))
+    if dequantised:
+        said.append(
+            f"The original is {' and '.join(dequantised)}: what training gains, above all where the dense model is "
+            "trained on, may in part be the repair of quantisation, and every ratio to the original rests on it."
+        )
     section = data.recipe.get("compare")
     imported = section.get("imported") if isinstance(section, dict) else None
     if imported:
@@ -71,7 +77,7 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said += [f"Not measured: {note}." for note in missing]
     absent = [s for s in data.expected if s not in {r["setting"] for r in rows}]
     said += [f"{name_of(s)} is missing: {data.why_missing('evaluate', s)}." for s in absent]
-    foreign = dict.fromkeys(str(r["model"]) for r in data["paper"] if r["is_foreign"])
+    foreign = dict.fromkeys(data.model_named(r["model"]) for r in data["paper"] if r["is_foreign"])
     if foreign:
         said.append(f"The paper does not treat {', '.join(foreign)}: its numbers stand beside ours as a scale only.")
     return said

@@ -13,6 +13,7 @@ from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger, Table
 from prosparse_core.report.courses import Record, course_order, courses, is_other, last_factor, main_path, seed_order
 from prosparse_core.report.names import EXPECTED, SETTINGS, SHIFTED, SHIFTED_ABOUT, factor, seed
+from prosparse_core.source_precision import named
 
 __all__ = ["MIXED", "SETTINGS", "Record", "ReportData", "collect"]
 
@@ -176,6 +177,18 @@ class ReportData:
         ]
         found = set(measured)
         return list(dict.fromkeys([*(n for n in named if n in found), *sorted(found - {MIXED})]))
+
+    @property
+    def model(self) -> str:
+        """The run's model, and in which precision its weights came."""
+        return self.model_named(self.run["model"])
+
+    def model_named(self, model: Any) -> str:
+        """A model with the precision its weights came in, as far as anything was measured or made of it."""
+        rows = [r["source_precision"] for r in self["leaderboard"] if r["model"] == model]
+        metas = [s["meta"] for s in self.steps_of("base_model") if s["label"] == f"base model · {model}"]
+        rows += [meta.get("source_precision") for meta in metas if isinstance(meta, dict)]
+        return named(str(model), next((r for r in rows if r), None))
 
     @property
     def is_comparison(self) -> bool:

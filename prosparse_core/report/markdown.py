@@ -100,7 +100,7 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         return _table(grid) if grid is not None else f"n/a: {escaped(absent)}."
 
     parts = [
-        f"# Results: {escaped(str(data.run['model']))}",
+        f"# Results: {escaped(data.model)}",
         f"Generated from the ledger by `prosparse report --markdown`: change the runs, not this page. "
         f"{escaped(str(data.recipe.get('description') or ''))}".rstrip(),
         "## What was found",

@@ -101,7 +101,7 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
     counts = [(sum(s["status"] == outcome for s in others), word) for outcome, word in words.items()]
     return [
         ("Run", str(run["run_id"])),
-        ("Model", str(run["model"])),
+        ("Model", data.model),
         ("Started", when(run["started_at"])),
         ("Wall time", _wall_time(run, others)),
         ("Steps", f"{len(others)}: " + ", ".join(f"{n} {word}" for n, word in counts if n) if others else "none"),

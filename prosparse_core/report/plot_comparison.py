@@ -140,7 +140,7 @@ def _points(ax: Axes, setting: str, rows: list[Record]) -> None:
     below = [min(e, 0.9 * p) for e, p in zip(errors, y, strict=True)]
     ax.vlines(x, [p - b for p, b in zip(y, below, strict=True)], [p + e for p, e in zip(y, errors, strict=True)],
               colors=color, alpha=0.4, linewidth=1.2, zorder=3)  # fmt: skip
-    filled = {"markerfacecolor": PAPER, "markeredgewidth": 1.6} if setting.endswith(SHIFTED) else {}
+    filled: dict[str, Any] = {"markerfacecolor": PAPER, "markeredgewidth": 1.6} if setting.endswith(SHIFTED) else {}
     ax.plot(
         x, y, linestyle="none", marker=marker, color=color, markersize=8, label=name_of(setting), zorder=5, **filled
     )

@@ -136,7 +136,7 @@ def paper(data: ReportData) -> Grid | None:
         factor = f"λ {plain(row['l1'])}" if row["setting"] == "fixed_l1" and is_number(row["l1"]) else ""
         unit = "×" if row["metric"].endswith("_speedup") else f"{SPACE}%"
         name = row["metric"].removesuffix("_pct").replace("_", " ")
-        gap = Cell(f"{row['gap']:+.2f}".replace("-", MINUS)) if is_number(row["gap"]) else _no_gap(grid, row)
+        gap = Cell(f"{row['gap']:+.2f}".replace("-", MINUS)) if is_number(row["gap"]) else _no_gap(data, grid, row)
         ours = Cell(f"{row['ours']:.2f}{unit}", _marks(row))
         line = [Cell(name_of(row["setting"]), factor), Cell(name), ours]
         grid.rows.append([*line, Cell(f"{row['paper']:.2f}{unit}"), gap, Cell(row["source"])])
@@ -148,8 +148,8 @@ def _marks(row: Record) -> str:
     return "\n".join([*marks, *(["partial"] if row["partial"] else [])])
 
 
-def _no_gap(grid: Grid, row: Record) -> Cell:
-    foreign = f"the paper does not treat {row['model']}: {row['paper_model']} stands beside it"
+def _no_gap(data: ReportData, grid: Grid, row: Record) -> Cell:
+    foreign = f"the paper does not treat {data.model_named(row['model'])}: {row['paper_model']} stands beside it"
     said = [foreign] if row["is_foreign"] else []
     said += [f"ours is without {', '.join(row['not_measured'])}"] if row["not_measured"] else []
     return grid.missing("; ".join(said))
