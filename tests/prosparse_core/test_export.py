@@ -361,7 +361,9 @@ def test_card_says_in_which_precision_the_weights_came() -> None:
     card = make_card(config={**config, "prosparse_source_precision": "Q4_1 dequantised"})
     assert "owner/Model-1B, Q4_1 dequantised, with sparse FFN activations" in card
     assert "| Weights that training began with | Q4_1 dequantised |" in card
-    assert fatrelu_config({**config, "prosparse_source_precision": "bf16"}, [0.1])["prosparse_source_precision"] == "bf16"
+    assert (
+        fatrelu_config({**config, "prosparse_source_precision": "bf16"}, [0.1])["prosparse_source_precision"] == "bf16"
+    )
 
 
 def test_card_without_hub_id_or_measurements() -> None:

@@ -44,8 +44,8 @@ def written(path: Path, types: dict[str, Type]) -> Path:
             "Q4_1 dequantised (embeddings Q8_0)",
         ),
         ({n: Type.Q6_K if "down" in n else Type.Q4_K for n in LAYERS}, "Q6_K + Q4_K dequantised"),
-        ({n: Type.F16 for n in LAYERS}, "fp16"),
-        ({n: Type.F32 for n in LAYERS}, "fp32"),
+        (dict.fromkeys(LAYERS, Type.F16), "fp16"),
+        (dict.fromkeys(LAYERS, Type.F32), "fp32"),
         ({"token_embd.weight": Type.Q8_0}, "Q8_0 dequantised"),
         (
             {**dict.fromkeys(LAYERS, Type.Q4_0), "output.weight": Type.F16},

@@ -206,7 +206,7 @@ def test_sizes_have_common_names_in_a_random_model(base: Any) -> None:
 
 
 def test_the_precision_of_the_source_goes_with_the_weights(base: Any, tmp_path: Path) -> None:
-    """"Original" is what the file held: a stage, an export and another import say so too, by the config they copy."""
+    """ "Original" is what the file held: a stage, an export and another import say so too, by the config they copy."""
 
     def of(source: Path) -> tuple[Any, Any, Any]:
         dense = base_model(run_of(base, source=str(source)))

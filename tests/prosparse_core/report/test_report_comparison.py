@@ -356,7 +356,7 @@ def test_beside_the_paper_each_number_names_its_table(data: ReportData) -> None:
     assert rows["ProSparse*", ""][2].text == f"85.00{SPACE}%"
     assert rows["ProSparse*", ""][3].text == f"88.11{SPACE}%"
     assert rows["ProSparse*", ""][5].text == "arXiv 2402.13516 Table 1"
-    assert grid.notes == ["the paper does not treat example-model: llama2-7b stands beside it"]
+    assert grid.notes == ["the paper does not treat example-model, Q4_1 dequantised: llama2-7b stands beside it"]
 
 
 def test_a_benchmark_that_could_not_be_run_says_why(tmp_path: Path) -> None:
