@@ -116,8 +116,9 @@ COMMENT ON VIEW facts IS
   'Every measured number in long form, by the artifact it was measured in; results adds the runs.';
 
 CREATE VIEW results AS
-  SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.source_precision, v.setting, f.variant, f.kind,
-         f.name, f.corpus_or_task, f.value, f.unit, f.stderr, f.n, f.conditions::JSON AS conditions, r.measured_at, f.artifact
+  SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.setting, f.variant, f.kind, f.name,
+         f.corpus_or_task, f.value, f.unit, f.stderr, f.n, f.conditions::JSON AS conditions, r.measured_at, f.artifact,
+         v.source_precision
   FROM facts f JOIN run_artifacts r USING (artifact)
   LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (f.artifact, f.variant);
 COMMENT ON VIEW results IS

@@ -51,7 +51,7 @@ def data(told: tuple[Ledger, Comparison]) -> ReportData:
 def test_the_page_has_everything(data: ReportData, written: Path) -> None:
     text = (written / "results.md").read_text(encoding="utf-8")
     assert re.findall("^#+ .*", text, flags=re.MULTILINE) == [
-        "# Results: example-model, Q4_1 dequantised",
+        "# Results: example-model, Q4\\_1 dequantised",
         "## What was found",
         "## Every setting, and the tokens it saw",
         "## Progressive against fixed factors",
@@ -67,8 +67,8 @@ def test_the_page_has_everything(data: ReportData, written: Path) -> None:
     assert verdict(data).replace("*", "\\*").replace(SPACE, " ") in text
     for line in caveats(data):
         assert f"- {line}".replace(SPACE, " ") in text
-    assert "- The original is example-model, Q4_1 dequantised: what training gains" in text
-    assert "| Model | example-model, Q4_1 dequantised |" in text
+    assert "- The original is example-model, Q4\\_1 dequantised: what training gains" in text
+    assert "| Model | example-model, Q4\\_1 dequantised |" in text
     assert "contradict" not in text, "a run of 8 steps says nothing of the paper's"
     assert "Training tokens per setting: 4,096; what holds so early need not hold later." in text
     assert "One seed, so no spread over seeds: Vanilla ReLU, Fixed L1 λ 0.8, Closed loop." in text
