@@ -15,11 +15,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.family import Family
-from prosparse_core.recipe_data import Data as Data
-from prosparse_core.recipe_data import Source as Source
 from prosparse_core.recipe_compare import Compare as Compare
 from prosparse_core.recipe_compare import Imported as Imported
 from prosparse_core.recipe_compare import SettingName as SettingName
+from prosparse_core.recipe_data import Data as Data
+from prosparse_core.recipe_data import Source as Source
 from prosparse_core.recipe_machine import Hardware, Shape
 from prosparse_core.recipe_mixture import mixture_problems
 from prosparse_core.recipe_runtime import Runtime as Runtime
