@@ -35,7 +35,7 @@ def every_setting(run: Run) -> None:
     for number, row in enumerate(rows):
         needed = settings.continued(rows[number + 1 :], run.recipe.seed)
         variant = trained(run, row, dense, corpora, needed)
-        if row.thresholds:
+        if row.thresholds_of:
             variant = with_thresholds(run, variant, corpora, row.setting, row.note)
         evaluate(run, variant, corpora, row.note)
     for imported, variant in imports:
@@ -66,12 +66,12 @@ def measure_import(run: Run, imported: Imported, variant: Variant) -> None:
     named = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"model": model}))
     evaluate(named, variant, corpora)
     if variant.activation == "relu":
-        own = f"{imported.setting}_fatrelu"
+        own = settings.with_thresholds(imported.setting)
         evaluate(named, with_thresholds(named, variant, corpora, own, own), corpora)
 
 
 def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact, needed: set[str]) -> Variant:
-    """The variant of a row after all its stages; stage 0 keeps the recipe's data order whatever the row's seed.
+    """The variant of a row after all its stages, before thresholds.
 
     ``needed``: the stages that later rows go on from, as :func:`prosparse_core.settings.course` names them.
     """
@@ -79,20 +79,17 @@ def trained(run: Run, row: Row, dense: Artifact, corpora: Artifact, needed: set[
         return Variant(row.setting, dense, "original")
     checkpoints, names = [dense], settings.course(row, run.recipe.seed)
     for index in range(len(row.train.stages)):
-        seed = row.seed if index else None
+        before, seed = checkpoints[-1], row.seed
         checkpoints.append(
-            train_stage(
-                run, row.train, index, before=checkpoints[-1], corpora=corpora, dense=dense, seed=seed, note=row.note
-            )
+            train_stage(run, row.train, index, before=before, corpora=corpora, dense=dense, seed=seed, note=row.note)
         )
         drop_optimizers(run, [c for c, name in zip(checkpoints[1:-1], names, strict=False) if name not in needed])
-    return Variant(row.setting, checkpoints[-1], row.train.activation, shift=row.train.shift)
+    setting = row.thresholds_of or row.setting
+    return Variant(setting, checkpoints[-1], row.train.activation, shift=row.train.shift)
 
 
 def with_thresholds(run: Run, star: Variant, corpora: Artifact, setting: str, note: str) -> Variant:
     """The same checkpoint with calibrated FATReLU thresholds."""
-    star_setting = "prosparse_star" if setting == "prosparse" else star.setting
-    star = dataclasses.replace(star, setting=star_setting)
     thresholds = calibrate(run, star, corpora, note)
     return dataclasses.replace(star, setting=setting, activation="fatrelu", thresholds=thresholds)
 

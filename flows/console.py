@@ -250,10 +250,11 @@ def print_result(result: summary.Result) -> None:
             for s in result.settings
         ]
         read = f" (spans of documents, windows of {result.window_tokens} tokens)" if result.window_tokens else ""
-        table(columns, rows, title=f"{result.recipe} · held-out files{read}: token perplexity, sparsity")
+        title = f"{result.recipe} · {result.model} · held-out files{read}: token perplexity, sparsity"
+        table(columns, rows, title=title)
     if result.benchmarks:
         columns, rows = benchmark_table(result.benchmarks)
-        table(columns, rows, title=f"{result.recipe} · benchmarks")
+        table(columns, rows, title=f"{result.recipe} · {result.model} · benchmarks")
     for line in result.lines:
         out.print(escape(line))
 

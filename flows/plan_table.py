@@ -15,6 +15,7 @@ Rows = list[list[str]]
 def cost_rows(cost: Cost) -> Rows:
     """Sizes, compute and disk."""
     disk, keep = cost.disk, cost.keep
+    measuring = f"{cost.measuring_hours:,.1f} (thresholds and held-out text; benchmarks on top)"
     other: Literal["last", "all"] = "last" if keep == "all" else "all"
     return [
         ["parameters", f"{cost.parameters / 1e6:,.1f} M"],
@@ -26,6 +27,7 @@ def cost_rows(cost: Cost) -> Rows:
         ["training hours", f"{cost.hours:,.1f} ({cost.assumption})"],
         *preparation_rows(cost.preparation),
         ["checkpoints", saving_text(cost.saving)],
+        *([["measuring hours", measuring]] if cost.measuring_hours else []),
         ["disk, at most", f"{size(disk.most[keep])} (runtime.keep={keep}; with {other} {size(disk.most[other])})"],
         ["disk, stages", f"{size(disk.stages[keep])} (with {other} {size(disk.stages[other])})"],
         ["disk, a stage", f"{size(disk.stage)}, of which the optimizer's state {size(disk.stage - disk.base_model)}"],

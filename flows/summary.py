@@ -9,11 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prosparse_core.recipe import Recipe
+from prosparse_core.settings import FATRELU
+from prosparse_core.source_precision import named
 from prosparse_core.store import FACTS, Artifact, make_folder, read_record, write_json
 from tasks.step import Run
 
 ENDINGS = {"budget": "; ended by the budget", "saturated": "; ended where larger ones bring no more sparsity"}
 """What ended the search for thresholds."""
+MOST_HELD_OUT = 4
+"""Lines about thresholds below the closing table; a comparison calibrates every setting and seed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class SettingResult:
     threshold: float | None
     """FATReLU's, as the mean over layers where each has its own."""
     l1: float | None = None
+    factor: float | None = None
+    """l1 where the setting has rows of several, or is a fixed factor."""
     seed: int | None = None
     """Given where it is not the recipe's."""
     scope: str | None = None
@@ -39,8 +46,8 @@ class SettingResult:
 
     @property
     def label(self) -> str:
-        """The setting, with what tells it from others of that name: a fixed factor, a further seed."""
-        factor = f" {self.l1:g}" if self.setting == "fixed_l1" and self.l1 is not None else ""
+        """The setting, with what tells it from others of that name: its last factor, a further seed."""
+        factor = "" if self.factor is None else f" {self.factor:g}"
         return self.setting + factor + ("" if self.seed is None else f" (seed {self.seed})")
 
 
@@ -50,6 +57,8 @@ class Result:
 
     run_id: str
     recipe: str
+    model: str = ""
+    """With the precision its weights came in."""
     corpora: list[str] = field(default_factory=list)
     window_tokens: int | None = None
     """Of the windows that held-out text was read in."""
@@ -73,8 +82,11 @@ class Result:
             f"({row['promised_increase_pct']:+.2f} % on calibration files), sparsity "
             f"{100 * row['sparsity_gain']:+.2f} points ({100 * row['promised_sparsity_gain']:+.2f})"
             + ENDINGS.get(row["stopped_by"], "")
-            for row in self.held_out
+            for row in self.held_out[:MOST_HELD_OUT]
         ]
+        if len(self.held_out) > MOST_HELD_OUT:
+            more = len(self.held_out) - MOST_HELD_OUT
+            lines.append(f'            and {more} more: prosparse query "FROM threshold_held_out"')
         if self.predictor:
             p = self.predictor
             lines.append(
@@ -159,7 +171,10 @@ def of_run(run: Run) -> Result:
         if artifact.step == "calibrate":
             calibrated = meta
         elif artifact.step == "evaluate":
-            result.settings.append(_setting(artifact, meta, calibrated, run.recipe.seed))
+            fact = _variant_fact(artifact)
+            result.settings.append(_setting(artifact, meta, calibrated, fact, run.recipe))
+            if not result.model or fact["model"] == run.recipe.model.id:
+                result.model = named(fact["model"], fact.get("source_precision"))
             result.corpora = list(meta["perplexity"])
             result.window_tokens = meta.get("max_length")
             if meta.get("benchmarks"):
@@ -184,7 +199,7 @@ def _held_out(run: Run) -> list[dict[str, Any]]:
         "SELECT setting, variant, scope, threshold, cett, stopped_by, perplexity_increase_pct, promised_increase_pct, "
         f"sparsity_gain, promised_sparsity_gain FROM threshold_held_out WHERE run_id = {literal} AND corpus = 'mixed' "
         "AND perplexity_increase_pct + promised_increase_pct + sparsity_gain + promised_sparsity_gain IS NOT NULL "
-        "ORDER BY setting, variant"
+        "ORDER BY setting <> 'prosparse', setting, variant"
     ).records()
 
 
@@ -200,11 +215,24 @@ def _headline(run: Run, artifact: Artifact) -> list[dict[str, Any]]:
     ).records()
 
 
-def _setting(artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[str, Any], seed: int) -> SettingResult:
-    variant = read_record(artifact.path)["payload"]["config"]["variant"]
+def _variant_fact(artifact: Artifact) -> Mapping[str, Any]:
+    """The line of an evaluation's facts that describes its variant."""
     facts = (json.loads(line) for line in (artifact.path / FACTS).read_text(encoding="utf-8").splitlines())
-    training = next(fact for fact in facts if fact["table"] == "variants")
+    return next(fact for fact in facts if fact["table"] == "variants")
+
+
+def _setting(
+    artifact: Artifact,
+    meta: Mapping[str, Any],
+    calibrated: Mapping[str, Any],
+    training: Mapping[str, Any],
+    recipe: Recipe,
+) -> SettingResult:
+    variant = read_record(artifact.path)["payload"]["config"]["variant"]
     thresholds = calibrated if variant["activation"] == "fatrelu" else {}
+    has_factors = variant["setting"].removesuffix(FATRELU) == "fixed_l1" or (
+        variant["setting"] in ("prosparse_star", "prosparse") and len(recipe.compare.final_l1) > 1
+    )
     return SettingResult(
         setting=variant["setting"],
         perplexity=meta["perplexity"],
@@ -213,7 +241,8 @@ def _setting(artifact: Artifact, meta: Mapping[str, Any], calibrated: Mapping[st
         threshold=thresholds.get("mean_threshold"),
         scope=thresholds.get("scope"),
         l1=training["l1"],
-        seed=None if training["seed"] in (None, seed) else training["seed"],
+        factor=training["l1"] if has_factors else None,
+        seed=None if training["seed"] in (None, recipe.seed) else training["seed"],
     )
 
 

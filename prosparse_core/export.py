@@ -22,6 +22,7 @@ from typing import Any
 from prosparse_core.errors import BadInput, ProSparseError
 from prosparse_core.families import EXPORTED as PREFIX
 from prosparse_core.families import require_family
+from prosparse_core.source_precision import named, of_config
 from prosparse_core.store import require_space, write_json
 from prosparse_core.variants import check_folder, load_model, load_tokenizer
 
@@ -290,6 +291,8 @@ class Card:
             {
                 **vars(self),
                 "title": f"{self.model.rpartition('/')[2]}-{self.setting}",
+                "model": named(self.model, of_config(self.config)),
+                "source_precision": of_config(self.config),
                 "model_type": self.config["model_type"],
                 **vars(sizes),
                 "down": family.down,

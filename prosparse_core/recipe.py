@@ -6,7 +6,6 @@ Every error of a recipe is reported at once, each with its place, its value and 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prosparse_core.errors import BadInput
 from prosparse_core.family import Family
+from prosparse_core.recipe_compare import Compare as Compare
+from prosparse_core.recipe_compare import Imported as Imported
+from prosparse_core.recipe_compare import SettingName as SettingName
 from prosparse_core.recipe_data import Data as Data
 from prosparse_core.recipe_data import Source as Source
 from prosparse_core.recipe_machine import Hardware, Shape
@@ -24,7 +26,7 @@ from prosparse_core.recipe_runtime import Runtime as Runtime
 from prosparse_core.recipe_runtime import check_world
 from prosparse_core.recipe_speed import Speed as Speed
 from prosparse_core.recipe_text import apply_override, explain
-from prosparse_core.recipe_train import Distill, Section, Train
+from prosparse_core.recipe_train import Section, Train
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "flows" / "recipes"
 DEFAULT_THRESHOLDS = [0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3]
@@ -129,96 +131,6 @@ class Predictor(Section):
     def _taught(self) -> Predictor:
         if not self.epochs and self.init == "random":
             raise ValueError("epochs=0 leaves a random predictor: train it, or begin with init=svd")
-        return self
-
-
-SettingName = Literal[
-    "original",
-    "original_continued",
-    "vanilla_relu",
-    "shifted_relu",
-    "fixed_l1",
-    "prosparse_star",
-    "prosparse",
-    "linear_ramp",
-    "exponential_ramp",
-    "drelu",
-    "distilled",
-    "distilled_equal_time",
-    "closed_loop",
-]
-
-
-class Imported(Section):
-    """A checkpoint somebody else trained, to be evaluated beside ours (and calibrated, if it is a ReLU model)."""
-
-    setting: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """The name of its row, such as relullama."""
-    id: str | None = None
-    """The name of the model in the ledger; default: the last part of its source. ``model.id`` files it under the
-    recipe's model, ``llama2-13b`` sets it beside the paper's numbers for that one."""
-    source: str
-    """As ``model.source``."""
-    revision: str | None = None
-    activation: Literal["original", "relu"] = "relu"
-    """relu: it was trained with ReLU (its config must say so, or FATReLU), and thresholds are calibrated for it too.
-    original: whatever its config says, with thresholds or a shift where that has them."""
-
-    @property
-    def model(self) -> Model:
-        """Where it comes from, under its own name."""
-        place = re.sub("^(package|random):", "", self.source)
-        name = Path(place).expanduser().resolve().name.removesuffix(".gguf")
-        return Model(id=self.id or name or self.setting, source=self.source, revision=self.revision)
-
-
-class Compare(Section):
-    """Which settings ``prosparse compare`` trains under equal tokens and in the same data order (paper, Table 1)."""
-
-    settings: list[SettingName] = [
-        "original",
-        "original_continued",
-        "vanilla_relu",
-        "fixed_l1",
-        "prosparse_star",
-        "prosparse",
-    ]
-    shift: float | None = Field(default=None, gt=0)
-    """b of shifted_relu."""
-    fixed_l1: list[float] = []
-    """Factors of fixed_l1, one row each; default: the last factor of the stages."""
-    target_sparsity: float | None = Field(default=None, gt=0, lt=1)
-    """Where closed_loop steers to, before thresholds."""
-    distill: Distill | None = None
-    """How distilled learns from the dense original."""
-    distill_slowdown: float | None = Field(default=None, gt=1)
-    """How many times as long a step of distilled takes: distilled_equal_time has that many times fewer steps."""
-    seeds: dict[SettingName, list[int]] = {}
-    """Further seeds (data order after stage 0) of some settings."""
-    imported: list[Imported] = []
-
-    @field_validator("fixed_l1")
-    @classmethod
-    def _factors(cls, factors: list[float]) -> list[float]:
-        if any(f <= 0 for f in factors) or len(set(factors)) < len(factors):
-            raise ValueError("factors above 0, each once")
-        return factors
-
-    @model_validator(mode="after")
-    def _complete(self) -> Compare:
-        needs = [
-            ("shifted_relu", "shift"),
-            ("closed_loop", "target_sparsity"),
-            ("distilled", "distill"),
-            ("distilled_equal_time", "distill"),
-            ("distilled_equal_time", "distill_slowdown"),
-        ]
-        missing = [f"{s} needs compare.{key}" for s, key in needs if s in self.settings and not getattr(self, key)]
-        if missing:
-            raise ValueError("; ".join(missing))
-        absent = [s for s in self.seeds if s not in self.settings]
-        if absent:
-            raise ValueError(f"seeds of {', '.join(absent)}, which compare.settings does not name")
         return self
 
 

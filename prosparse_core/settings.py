@@ -16,6 +16,14 @@ from prosparse_core.recipe import Recipe
 from prosparse_core.recipe_train import Stage, Train
 from prosparse_core.store import canonical_json
 
+FATRELU = "_fatrelu"
+"""Ends the name of a setting measured with calibrated thresholds; with them prosparse_star is prosparse."""
+
+
+def with_thresholds(setting: str) -> str:
+    """What a setting is called once thresholds are calibrated for it."""
+    return "prosparse" if setting == "prosparse_star" else setting + FATRELU
+
 
 @dataclass(frozen=True)
 class Row:
@@ -24,29 +32,35 @@ class Row:
     setting: str
     train: Train | None
     """None: the dense model as it came."""
-    thresholds: bool = False
-    """FATReLU thresholds are calibrated on what was trained."""
+    thresholds_of: str | None = None
+    """The setting before thresholds, where this row is what they make of it."""
     seed: int | None = None
-    """Data order after stage 0; None is the recipe's seed."""
+    """Data order, from the first step on; None is the recipe's seed."""
+    factor: float | None = None
+    """The last lambda (before an ending ``phase: sft``), where a setting has a row for each of several."""
 
     @property
     def note(self) -> str:
         """What tells the row from others in progress lines."""
-        # An ending sft stage has a factor of its own; the one before it is the row's.
-        factor = f" {self.train.stages[1].l1:g}" if self.setting == "fixed_l1" and self.train else ""
+        factor = "" if self.factor is None else f" {self.factor:g}"
         return f"{self.setting}{factor}" + ("" if self.seed is None else f" · seed {self.seed}")
 
 
 def rows(recipe: Recipe) -> list[Row]:
-    """Every row that ``recipe.compare`` asks for, in its order; further seeds directly after the first.
+    """Every row that ``recipe.compare`` asks for, in its order: further seeds directly after the first, and what
+    thresholds make of a row directly after it.
 
     Raises:
-        BadInput: a setting that cannot be made of the recipe's stages.
+        BadInput: a setting that cannot be made of the recipe's stages, or a further seed that is the recipe's own.
     """
-    found: list[Row] = []
+    found: dict[tuple[str, float | None, int | None], Row] = {}
     for name in recipe.compare.settings:
+        if recipe.seed in recipe.compare.seeds.get(name, []):
+            raise BadInput(
+                f"compare.seeds: {name} has the recipe's own seed {recipe.seed} once more",
+                hint="further seeds are other ones",
+            )
         seeds: list[int | None] = [None, *recipe.compare.seeds.get(name, [])]
-        thresholds = name == "prosparse"
         try:
             trains = SETTINGS[name](recipe)
         except ValidationError as error:
@@ -55,10 +69,30 @@ def rows(recipe: Recipe) -> list[Row]:
                 f"compare.settings: {name} cannot be made of the stages of {recipe.name}: {said}",
                 hint="change train.stages, or leave the setting out of compare.settings",
             ) from None
-        if thresholds:
+        if name == "prosparse":
             require_relu(recipe)
-        found += [Row(name, train, thresholds, seed) for train in trains for seed in seeds]
-    return found
+        for train in trains:
+            factor = _factor(train) if name == "fixed_l1" or len(trains) > 1 else None
+            for seed in seeds:
+                for row in _with_and_without(name, train, seed, factor, recipe.compare.thresholds):
+                    found.setdefault((row.setting, row.factor, row.seed), row)
+    return list(found.values())
+
+
+def _with_and_without(
+    name: str, train: Train | None, seed: int | None, factor: float | None, thresholds: bool
+) -> list[Row]:
+    """A row and what thresholds make of it: FATReLU takes the place of ReLU and of nothing else."""
+    if name == "prosparse":
+        return [Row(name, train, "prosparse_star", seed, factor)]
+    plain = [Row(name, train, None, seed, factor)]
+    if not thresholds or train is None or train.activation != "relu":
+        return plain
+    return [*plain, Row(with_thresholds(name), train, name, seed, factor)]
+
+
+def _factor(train: Train | None) -> float | None:
+    return None if train is None else train.stages[_first_sft(train.stages) - 1].l1
 
 
 def require_relu(recipe: Recipe) -> None:
@@ -103,8 +137,8 @@ def course(row: Row, seed: int) -> list[str]:
         return []
     like = row.train.model_dump(mode="json", exclude={"stages"})
     stages = [s.model_dump(mode="json") for s in row.train.stages]
-    orders = [seed if row.seed is None or index == 0 else row.seed for index in range(len(stages))]
-    return [canonical_json([like, stages[: index + 1], order]) for index, order in enumerate(orders)]
+    order = seed if row.seed is None else row.seed
+    return [canonical_json([like, stages[: index + 1], order]) for index in range(len(stages))]
 
 
 def continued(rows: list[Row], seed: int) -> set[str]:
@@ -116,8 +150,29 @@ def _dense(recipe: Recipe) -> list[Train | None]:
     return [None]
 
 
-def _as_written(recipe: Recipe) -> list[Train | None]:
-    return [recipe.train]
+def _progressive(recipe: Recipe) -> list[Train | None]:
+    """The recipe's stages, or for each of ``compare.final_l1`` the same course of lambda scaled to end there."""
+    train = recipe.train
+    last = _factor(train)
+    if not recipe.compare.final_l1:
+        return [train]
+    if not last:
+        raise BadInput(
+            "compare.final_l1: the last stage's lambda (before phase: sft) is 0 or steered: it cannot be scaled",
+            hint="give train.stages an l1, or leave out compare.final_l1",
+        )
+    scales = {final: final / last for final in recipe.compare.final_l1}
+    return [
+        train
+        if final == last
+        else _varied(train, [{**s.model_dump(), "l1": _scaled(s.l1, last, final, scale)} for s in train.stages])
+        for final, scale in scales.items()
+    ]
+
+
+def _scaled(l1: float, last: float, final: float, scale: float) -> float:
+    """The last lambda is exactly the one asked for, whatever the product rounds to."""
+    return final if l1 == last else l1 * scale
 
 
 def _activation(**changes: Any) -> Callable[[Recipe], list[Train | None]]:
@@ -133,7 +188,7 @@ def _activation(**changes: Any) -> Callable[[Recipe], list[Train | None]]:
 def _fixed(recipe: Recipe) -> list[Train | None]:
     """A constant factor from the end of stage 0 (paper, section 4.1): the foil of progressive factors."""
     stages = recipe.train.stages
-    factors = recipe.compare.fixed_l1 or [stages[_first_sft(stages) - 1].l1]
+    factors = recipe.compare.fixed_l1 or recipe.compare.final_l1 or [stages[_first_sft(stages) - 1].l1]
     if not all(factors):
         raise BadInput(
             "compare.settings: fixed_l1 has no factor: the last stage's lambda (before phase: sft) is 0 or steered",
@@ -239,8 +294,8 @@ SETTINGS: dict[str, Callable[[Recipe], list[Train | None]]] = {
     "vanilla_relu": _activation(activation="relu"),
     "shifted_relu": _activation(activation="shifted_relu"),
     "fixed_l1": _fixed,
-    "prosparse_star": _as_written,
-    "prosparse": _as_written,
+    "prosparse_star": _progressive,
+    "prosparse": _progressive,
     "linear_ramp": _ramp("linear"),
     "exponential_ramp": _ramp("exponential"),
     "drelu": _drelu,

@@ -9,6 +9,7 @@ from typing import Any
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import EXPORTED, FAMILY_KEY, Family, require_family
+from prosparse_core.source_precision import of_config
 from prosparse_core.store import Artifact, read_record
 from prosparse_core.thresholds import THRESHOLDS as THRESHOLDS
 from prosparse_core.thresholds import Thresholds, read_thresholds
@@ -59,8 +60,18 @@ class Variant:
             "activation": self.activation,
             "checkpoint": self.checkpoint.digest,
             "thresholds": None if self.thresholds is None else self.thresholds.digest,
+            "source_precision": self.source_precision,
             **self.training,
         }
+
+    @property
+    def source_precision(self) -> str | None:
+        """In which precision the weights came that training began with, as the checkpoint's config.json says."""
+        try:
+            config = json.loads((self.checkpoint.path / MODEL / "config.json").read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        return of_config(config)
 
     @property
     def training(self) -> dict[str, Any]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prosparse_core import minicpm
+from prosparse_core import minicpm, source_precision
 from prosparse_core.errors import BadInput, EnvironmentProblem, ProSparseError
 from prosparse_core.families import FAMILY_KEY, family_of, find_ffns, require_family
 from prosparse_core.recipe import Model
 from prosparse_core.store import Artifact, write_json
 from prosparse_core.variants import MODEL, check_folder
 from tasks.chain import require_chain
+from tasks.gguf_reading import read_once, reported
 from tasks.step import Run, Work
 
 VERSION = 2
@@ -163,34 +162,41 @@ def _build(work: Work, model: Model, seed: int) -> None:
     kind, _, rest = model.source.partition(":")
     target = work.folder / MODEL
     work.progress.update(0, 1)
+    folder = Path(model.source).expanduser()
     if kind == "random":
         from prosparse_core.random_model import build_random
 
         _require_fit(build_random(rest, model.config, seed, target), model)
-    elif kind == "package":
-        _from_gguf(gguf_of(rest), model, target, work)
-    elif model.source.endswith(".gguf"):
-        _from_gguf(Path(model.source).expanduser(), model, target, work)
+        precision: str | None = source_precision.RANDOM
+    elif kind == "package" or model.source.endswith(".gguf"):
+        precision = _from_gguf(gguf_of(rest) if kind == "package" else folder, model, target, work)
     else:
         _from_pretrained(model, target, work)
-    _settle_config(target, model)
+        precision = source_precision.of_folders(folder if folder.is_dir() else None, target)
+    precision = _settle_config(target, model, precision)
+    work.progress.note(source_precision.named(model.id, precision))
     config = check_folder(target)
     check_tokenizer(target)
-    work.meta.update(sizes_of(config))
+    work.meta.update(sizes_of(config), source_precision=precision)
 
 
-def _settle_config(folder: Path, model: Model) -> None:
-    """The recipe's family goes into config.json, so that it is known wherever the weights go; and auto_map stays only
-    where the code it names is in the folder: then, and only then, is code of a model folder run."""
+def _settle_config(folder: Path, model: Model, precision: str | None) -> str | None:
+    """The recipe's family and the source's precision go into config.json, so that they are known wherever the weights
+    go; and auto_map stays only where the code it names is in the folder: then, and only then, is code of a model folder
+    run. Returns the precision: what an earlier config said of the weights outlasts the dtype they were saved in."""
     path = folder / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     config = with_family(saved, model)
+    precision = source_precision.of_config(saved) or precision
+    if precision:
+        config[source_precision.KEY] = precision
     code = config.pop("auto_map", None)
     if code and model.trust_remote_code:
         local = {auto: str(name).rpartition("--")[2] for auto, name in code.items() if isinstance(name, str)}
         config["auto_map"] = {a: n for a, n in local.items() if (folder / f"{n.partition('.')[0]}.py").is_file()}
     if config != saved:
         write_json(path, config)
+    return precision
 
 
 def with_family(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
@@ -287,8 +293,9 @@ def _require_fit(loaded: Any, model: Model) -> None:
     find_ffns(loaded)
 
 
-def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
-    """Dequantise a GGUF once to fp32. A fresh model takes the weights: the loaded one refuses to be saved."""
+def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> str:
+    """Dequantise a GGUF once to fp32; returns its precision. A fresh model takes the weights: the loaded one refuses to
+    be saved."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers import modeling_gguf_pytorch_utils as gguf_reader
@@ -297,7 +304,8 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     check_gguf(path)
     work.progress.note(f"dequantising {path.name}")
     logging.disable_progress_bar()
-    with _read_once(), _reported(gguf_reader, work):
+    with read_once(), reported(gguf_reader, work):
+        precision = source_precision.of_gguf(path)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         require_family(with_family(config.to_dict(), model), where=str(path))
         loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -309,39 +317,7 @@ def _from_gguf(path: Path, model: Model, target: Path, work: Work) -> None:
     _require_fit(fresh, model)
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-@contextlib.contextmanager
-def _read_once() -> Iterator[None]:
-    """transformers opens a GGUF four times, vocabulary and all, and lists its names anew for each tensor."""
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
-
-
-@contextlib.contextmanager
-def _reported(reader: Any, work: Work) -> Iterator[None]:
-    """The library's own progress bar over the tensors of a GGUF, told to our progress instead of drawn."""
-    bar = reader.tqdm
-
-    def tensors(found: Sequence[Any], **_: Any) -> Iterator[Any]:
-        for done, tensor in enumerate(found, start=1):
-            yield tensor
-            work.progress.update(done, len(found) + 1)
-
-    reader.tqdm = tensors
-    try:
-        yield
-    finally:
-        reader.tqdm = bar
+    return precision
 
 
 def check_tokenizer(folder: Path) -> None:

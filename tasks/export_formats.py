@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger
+from prosparse_core.source_precision import named
 from prosparse_core.store import Artifact, Store, read_record
 from prosparse_core.variants import Variant
 
@@ -90,7 +91,7 @@ def to_powerinfer(
         made.artifact.path,
         target,
         windows=check_windows(made),
-        name=made.model,
+        name=named(made.model, made.variant.source_precision),
         cutoff=cutoff,
         dtype=dtype,
         strict=strict,

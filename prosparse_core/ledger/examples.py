@@ -3,8 +3,9 @@
 EXAMPLES: list[tuple[str, str]] = [
     (
         "How do the settings compare: sparsity, perplexity, accuracy?",
-        "SELECT recipe, model, setting, round(100 * sparsity, 2) AS sparsity_pct, round(perplexity, 3) AS perplexity, "
-        "round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard ORDER BY model, sparsity",
+        "SELECT recipe, model, source_precision, setting, round(100 * sparsity, 2) AS sparsity_pct, "
+        "round(perplexity, 3) AS perplexity, round(100 * accuracy, 2) AS accuracy_pct, threshold FROM leaderboard "
+        "ORDER BY model, sparsity",
     ),
     (
         "How do the settings compare over seeds?",
@@ -14,8 +15,9 @@ EXAMPLES: list[tuple[str, str]] = [
     ),
     (
         "Do progressive factors cost less than a fixed one at the same sparsity?",
-        "SELECT run_id, setting, sparsity, perplexity, fixed_perplexity, round(difference_pct, 2) AS difference_pct, "
-        "round(difference_stderr_pct, 2) AS stderr_pct, error_source, reason FROM matched_sparsity ORDER BY ALL",
+        "SELECT run_id, setting, with_thresholds, measured, l1, sparsity, perplexity, fixed_perplexity, num_pairs, "
+        "round(difference_pct, 2) AS difference_pct, round(difference_low_pct, 2) AS low_pct, "
+        "round(difference_high_pct, 2) AS high_pct, no_interval FROM matched_sparsity ORDER BY ALL",
     ),
     (
         "Everything measured in the newest finished run",

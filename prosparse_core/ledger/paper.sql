@@ -108,7 +108,7 @@ COMMENT ON VIEW corpus_shares IS
 CREATE VIEW leaderboard AS
   WITH measured AS (
     SELECT r.run_id, r.recipe, v.model, v.setting, v.variant, any_value(v.tokens_seen) AS tokens_seen,
-      any_value(v.seed) AS seed, any_value(v.l1) AS l1
+      any_value(v.seed) AS seed, any_value(v.l1) AS l1, any_value(v.source_precision) AS source_precision
     FROM run_artifacts r JOIN variant_facts v USING (artifact) GROUP BY ALL),
   perplexities AS (
     SELECT r.run_id, v.model, e.variant, e.corpus, e.value, e.stderr, e.share, e.window_tokens, e.num_documents
@@ -172,7 +172,7 @@ CREATE VIEW leaderboard AS
     FROM evaluations e JOIN run_artifacts r USING (artifact)
     JOIN variant_facts v ON (v.artifact, v.variant) = (e.artifact, e.variant)
     WHERE e.value IS NULL GROUP BY ALL)
-  SELECT m.run_id, m.recipe, m.model, m.setting, m.seed, m.l1, z.sparsity, p.perplexity,
+  SELECT m.run_id, m.recipe, m.model, m.source_precision, m.setting, m.seed, m.l1, z.sparsity, p.perplexity,
     p.perplexity * p.relative_error AS perplexity_stderr, o.value AS times_original, o.low AS times_original_low,
     o.high AS times_original_high, s.accuracy, s.accuracy_stderr, s.num_benchmarks, s.partial,
     p.weighted_by, p.window_tokens, p.num_documents, z.threshold, z.sparsity_by_corpus, p.perplexity_by_corpus,

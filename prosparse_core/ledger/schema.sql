@@ -58,7 +58,8 @@ COMMENT ON TABLE retention IS
 
 CREATE TABLE variant_facts (
   artifact VARCHAR NOT NULL, variant VARCHAR NOT NULL, model VARCHAR NOT NULL, setting VARCHAR NOT NULL,
-  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT, seed BIGINT, l1 DOUBLE
+  activation VARCHAR, checkpoint VARCHAR, thresholds VARCHAR, tokens_seen BIGINT, seed BIGINT, l1 DOUBLE,
+  source_precision VARCHAR
 );
 COMMENT ON TABLE variant_facts IS 'Which variants an artifact measures; ask the view variants.';
 

@@ -37,7 +37,7 @@ COMMENT ON VIEW steps IS
   'Every step of every run: made (done), taken from the store (cached), running or failed.';
 
 CREATE VIEW variants AS
-  SELECT DISTINCT variant, model, setting, activation, checkpoint, thresholds, tokens_seen, seed, l1
+  SELECT DISTINCT variant, model, source_precision, setting, activation, checkpoint, thresholds, tokens_seen, seed, l1
   FROM variant_facts;
 COMMENT ON VIEW variants IS
   'What is measured: a checkpoint with its activation and thresholds; a row of the paper''s tables.';
@@ -128,7 +128,8 @@ COMMENT ON VIEW facts IS
 
 CREATE VIEW results AS
   SELECT r.run_id, r.recipe, coalesce(v.model, r.model) AS model, v.setting, f.variant, f.kind, f.name,
-         f.corpus_or_task, f.value, f.unit, f.stderr, f.n, f.conditions::JSON AS conditions, r.measured_at, f.artifact
+         f.corpus_or_task, f.value, f.unit, f.stderr, f.n, f.conditions::JSON AS conditions, r.measured_at, f.artifact,
+         v.source_precision
   FROM facts f JOIN run_artifacts r USING (artifact)
   LEFT JOIN variant_facts v ON (v.artifact, v.variant) = (f.artifact, f.variant);
 COMMENT ON VIEW results IS

@@ -22,6 +22,8 @@ from prosparse_core.recipe_machine import Shape
 from prosparse_core.schedule import first_step, learning_rate
 from prosparse_core.shares import SampleOrder, segments_of
 
+FORWARD_SHARE = 1 / 3
+"""Of the work of a training step: 2 FLOPs a weight and token, where forward and backward need 6."""
 MOST_GPUS = 4096
 """As far as a way out is looked for."""
 
@@ -79,6 +81,8 @@ class Cost:
     stages: list[StageCost]
     corpora: dict[str, int]
     """Tokens that the stages together take of each corpus."""
+    measuring_hours: float = 0.0
+    """Of a comparison: calibrating thresholds and reading held-out text; benchmarks come on top."""
 
 
 def training_flops(recipe: Recipe, s: Shape) -> float:
@@ -146,7 +150,8 @@ def comparison_cost(
 ) -> Cost:
     """The estimate for every setting of ``recipe.compare``; see :func:`cost`."""
     one = cost(recipe, shape, tokens_per_s, asked, machine_bytes)
-    trained = settings.training_of(settings.rows(recipe), recipe.seed)
+    rows = settings.rows(recipe)
+    trained = settings.training_of(rows, recipe.seed)
     more = trained.tokens / one.tokens
     hours = one.hours * more
     return replace(
@@ -155,9 +160,21 @@ def comparison_cost(
         flops=one.flops * more,
         hours=hours,
         preparation=preparation(recipe, one.layout, {name: count * more for name, count in one.corpora.items()}, hours),
+        measuring_hours=one.hours * FORWARD_SHARE * measured_tokens(recipe, rows) / one.tokens,
         saving=saving(recipe, shape, one.layout, hours),
         disk=disk(recipe, shape, trained.num_stages, trained.num_last),
     )
+
+
+def measured_tokens(recipe: Recipe, rows: list[settings.Row]) -> int:
+    """Held-out tokens that go forward to calibrate and evaluate these rows."""
+    from prosparse_core.calibration import CETTS
+
+    section, data = recipe.calibrate, recipe.data
+    trials = len(section.thresholds) + section.refine
+    trials += 0 if section.rule == "grid" else len(CETTS) + section.refine
+    calibrated = sum(row.thresholds_of is not None for row in rows)
+    return len(data.sources) * (len(rows) * data.evaluation_tokens + calibrated * trials * data.calibration_tokens)
 
 
 def training_of(recipe: Recipe, shape: Shape, device: Device) -> Training:

@@ -201,7 +201,7 @@ def page(runs: Sequence[ReportData]) -> str:
     limit = _limit(runs[0])
     partial = f" Of each task the first {count(limit)} documents were read, so all but smaller tasks are partial."
     parts = [
-        f"# Benchmarks: {escaped(', '.join(dict.fromkeys(str(d.run['model']) for d in runs)))}",
+        f"# Benchmarks: {escaped(', '.join(dict.fromkeys(d.model for d in runs)))}",
         "Generated from the ledger by `prosparse report --markdown`: change the runs, not this page. "
         + how
         + (partial if limit else ""),

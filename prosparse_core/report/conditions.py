@@ -19,7 +19,7 @@ def conditions(runs: Sequence[ReportData]) -> Grid:
     grid = Grid("Conditions", [*columns, *(Column(str(d.run["run_id"]), is_number=False) for d in runs)])
     lines = [
         ("Recipe", lambda d: str(d.run["recipe"])),
-        ("Model", lambda d: str(d.run["model"])),
+        ("Model", lambda d: d.model),
         ("Kind", lambda d: "comparison of settings" if d.is_comparison else f"flow {d.run['flow']}"),
         ("Started", lambda d: when(d.run["started_at"])),
         ("Outcome", lambda d: f"{d.run['status']}, {_time(d)}"),
@@ -45,8 +45,8 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said += [f"Training tokens per setting: {tokens}; what holds so early need not hold later."] if tokens else []
     rows = sorted(data["comparison"], key=lambda r: (*course_order(r, None), r["variants"]))
     trained = [r for r in rows if r["tokens_seen"]]
-    single = [_named(r) for r in trained if r["num_seeds"] < 2]
-    several = [_named(r) for r in trained if r["num_seeds"] > 1]
+    single = [_named(r, trained) for r in trained if r["num_seeds"] < 2]
+    several = [_named(r, trained) for r in trained if r["num_seeds"] > 1]
     if single:
         said.append(f"One seed, so no spread over seeds: {', '.join(single)}.")
     if several:
@@ -57,9 +57,15 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
         "text, so they are wider than what separates two settings; the spread over seeds tells what training repeats."
     )
     said.append(
-        "Fixed factors were measured at a few values; between two of them the logarithm of perplexity is taken as "
+        "Each arm was measured at a few last factors; between two of them the logarithm of perplexity is taken as "
         "linear in sparsity, and beyond them nothing is claimed."
     )
+    dequantised = list(dict.fromkeys(run.model for run in runs if "dequantised" in run.model))
+    if dequantised:
+        said.append(
+            f"The original is {' and '.join(dequantised)}: what training gains, above all where the dense model is "
+            "trained on, may in part be the repair of quantisation, and every ratio to the original rests on it."
+        )
     section = data.recipe.get("compare")
     imported = section.get("imported") if isinstance(section, dict) else None
     if imported:
@@ -71,14 +77,16 @@ def limits(runs: Sequence[ReportData]) -> list[str]:
     said += [f"Not measured: {note}." for note in missing]
     absent = [s for s in data.expected if s not in {r["setting"] for r in rows}]
     said += [f"{name_of(s)} is missing: {data.why_missing('evaluate', s)}." for s in absent]
-    foreign = dict.fromkeys(str(r["model"]) for r in data["paper"] if r["is_foreign"])
+    foreign = dict.fromkeys(data.model_named(r["model"]) for r in data["paper"] if r["is_foreign"])
     if foreign:
         said.append(f"The paper does not treat {', '.join(foreign)}: its numbers stand beside ours as a scale only.")
     return said
 
 
-def _named(row: Record) -> str:
-    return f"{name_of(row['setting'])} {factor(row['l1'])}" if row["setting"] == "fixed_l1" else name_of(row["setting"])
+def _named(row: Record, rows: Sequence[Record]) -> str:
+    """A setting, with its factor where there are rows of several."""
+    is_alone = row["setting"] != "fixed_l1" and sum(r["setting"] == row["setting"] for r in rows) == 1
+    return name_of(row["setting"]) if is_alone else f"{name_of(row['setting'])} {factor(row['l1'])}".strip()
 
 
 def _places(data: ReportData) -> list[Record]:

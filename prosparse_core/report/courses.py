@@ -11,9 +11,9 @@ Record = dict[str, Any]
 Subjects = dict[str, list[Record]]
 
 
-def main_path(subjects: Subjects, recipe_seed: Any = None) -> list[Record]:
-    """The log of one chain of stages: where a run trained several settings, that of ProSparse with the recipe's seed,
-    or else of the paper's row nearest to it."""
+def main_path(subjects: Subjects, recipe_seed: Any = None, last: Any = None) -> list[Record]:
+    """The log of one chain of stages: where a run trained several settings, that of ProSparse with the recipe's last
+    factor and seed, or else of the paper's row nearest to it."""
     rows = subjects["training"]
     artifacts_of_stage: dict[Any, set[str]] = {}
     for row in rows:
@@ -23,7 +23,11 @@ def main_path(subjects: Subjects, recipe_seed: Any = None) -> list[Record]:
     ends = [c for c in subjects["checkpoints"] if c["checkpoint"] and c["setting"] in MAIN]
     if not ends:
         return rows
-    end = min(ends, key=lambda c: (MAIN.index(c["setting"]), *seed_order(c.get("seed"), recipe_seed)))
+
+    def order(end: Record) -> tuple[Any, ...]:
+        return (MAIN.index(end["setting"]), is_other(end.get("l1"), last), *seed_order(end.get("seed"), recipe_seed))
+
+    end = min(ends, key=order)
     path = _ancestry(subjects["lineage"], end["checkpoint"])
     return [row for row in rows if row["artifact"] in path]
 
@@ -64,6 +68,19 @@ def course_order(row: Record, recipe_seed: Any) -> tuple[Any, ...]:
     """By setting, then by factor, then the recipe's own seed before others."""
     l1 = row.get("l1")
     return (*order_of(row["setting"]), l1 is not None, l1 or 0.0, *seed_order(row.get("seed"), recipe_seed))
+
+
+def last_factor(recipe: Record) -> Any:
+    """Where lambda ends in a recipe's own stages, before an ending ``phase: sft``; None where it cannot be read."""
+    train = recipe.get("train")
+    stages = train.get("stages") if isinstance(train, dict) else None
+    own = [s.get("l1") for s in stages or [] if isinstance(s, dict) and s.get("phase") != "sft"]
+    return own[-1] if own else None
+
+
+def is_other(l1: Any, own: Any) -> bool:
+    """Whether a factor is not the recipe's own; sorts the recipe's before others."""
+    return l1 is not None and l1 != own
 
 
 def seed_order(seed: Any, recipe_seed: Any) -> tuple[bool, Any]:

@@ -11,9 +11,10 @@ import yaml
 
 from prosparse_core.errors import BadInput
 from prosparse_core.ledger import Ledger, Table
-from prosparse_core.report.courses import Record, course_order, courses, main_path, seed_order
+from prosparse_core.report.courses import Record, course_order, courses, is_other, last_factor, main_path, seed_order
 from prosparse_core.report.format import count, is_number
-from prosparse_core.report.names import EXPECTED, SETTINGS, factor, seed
+from prosparse_core.report.names import EXPECTED, SETTINGS, SHIFTED, SHIFTED_ABOUT, factor, seed
+from prosparse_core.source_precision import named
 
 __all__ = ["MIXED", "SETTINGS", "Record", "ReportData", "collect"]
 
@@ -35,7 +36,7 @@ FROM lineage l JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run} ORDE
 SELECT p.*, benchmark_of(p.task) AS benchmark FROM paired p JOIN run_artifacts r USING (artifact) WHERE r.run_id = {run}
 ORDER BY p.variant, p.base, p.task, p.corpus, p.metric, p.artifact, p.base_artifact""",
     "comparison": "SELECT * FROM comparison WHERE run_id = {run} ORDER BY setting, l1, variants",
-    "matched": "SELECT * FROM matched_sparsity WHERE run_id = {run} ORDER BY setting, variant",
+    "matched": "SELECT * FROM matched_sparsity WHERE run_id = {run} ORDER BY setting, measured, l1, variant",
     "printed": """
 SELECT s.model, s.setting, s.condition, s.value AS sparsity_pct, a.value AS average_pct, s.source
 FROM published s JOIN published a USING (model, setting, condition, source)
@@ -186,6 +187,18 @@ class ReportData:
         return list(dict.fromkeys([*(n for n in named if n in found), *sorted(found - {MIXED})]))
 
     @property
+    def model(self) -> str:
+        """The run's model, and in which precision its weights came."""
+        return self.model_named(self.run["model"])
+
+    def model_named(self, model: Any) -> str:
+        """A model with the precision its weights came in, as far as anything was measured or made of it."""
+        rows = [r["source_precision"] for r in self["leaderboard"] if r["model"] == model]
+        metas = [s["meta"] for s in self.steps_of("base_model") if s["label"] == f"base model · {model}"]
+        rows += [meta.get("source_precision") for meta in metas if isinstance(meta, dict)]
+        return named(str(model), next((r for r in rows if r), None))
+
+    @property
     def is_comparison(self) -> bool:
         """Whether the run trained many settings beside each other."""
         return self.run["flow"] == "compare"
@@ -218,7 +231,7 @@ class ReportData:
 
     def details(self, setting: str, variant: str | None) -> str:
         """What tells a variant from others of its setting, such as its factor and seed; else what the setting is."""
-        about = SETTINGS.get(setting, (setting, ""))[1]
+        about = SETTINGS.get(setting, ("", SHIFTED_ABOUT if setting.endswith(SHIFTED) else ""))[1]
         rows = [r for r in self["leaderboard"] if r["setting"] == setting]
         row = next((r for r in rows if r["variant"] == variant), None)
         if row is None or len(rows) < 2:
@@ -254,9 +267,10 @@ class ReportData:
         return next((r for r in rows if all(r[k] == v for k, v in what.items())), None)
 
     def main_row(self, setting: str) -> Record:
-        """The leaderboard's line of a setting, of the recipe's own seed where there are several; empty if none."""
-        rows = [r for r in self["leaderboard"] if r["setting"] == setting]
-        return min(rows, key=lambda r: course_order(r, self.recipe.get("seed")), default={})
+        """The leaderboard's line of a setting, of the recipe's own last factor and seed where there are several; empty
+        if none."""
+        rows, own = [r for r in self["leaderboard"] if r["setting"] == setting], last_factor(self.recipe)
+        return min(rows, key=lambda r: (is_other(r["l1"], own), *course_order(r, self.recipe.get("seed"))), default={})
 
     def steps_of(self, *names: str) -> list[Record]:
         return [s for s in self["steps"] if s["step"] in names]
@@ -291,8 +305,8 @@ def collect(ledger: Ledger, run_id: str) -> ReportData:
     subjects = {name: _records(ledger.query(text)) for name, text in sql.items() if name != "run"}
     recipe = _recipe(runs[0]["recipe_yaml"])
     subjects["courses"] = courses(subjects, recipe.get("seed"))
-    subjects["training"] = main_path(subjects, recipe.get("seed"))
-    subjects["tradeoff"] = _one_calibration(subjects, recipe.get("seed"))
+    subjects["training"] = main_path(subjects, recipe.get("seed"), last_factor(recipe))
+    subjects["tradeoff"] = _one_calibration(subjects, recipe)
     return ReportData(runs[0], recipe, subjects, sql)
 
 
@@ -319,13 +333,16 @@ def _recipe(text: str) -> Record:
     return _shown(recipe) if isinstance(recipe, dict) else {}
 
 
-def _one_calibration(subjects: dict[str, list[Record]], recipe_seed: Any) -> list[Record]:
-    """The threshold curves of one variant: where a run calibrated several, ProSparse's with the recipe's seed."""
-    rows = subjects["tradeoff"]
-    seeds = {r["variant"]: r["seed"] for r in subjects["leaderboard"]}
+def _one_calibration(subjects: dict[str, list[Record]], recipe: Record) -> list[Record]:
+    """The threshold curves of one variant: where a run calibrated several, ProSparse's with the recipe's last factor
+    and seed."""
+    rows, own = subjects["tradeoff"], last_factor(recipe)
+    board = {r["variant"]: r for r in subjects["leaderboard"]}
 
     def order(row: Record) -> tuple[Any, ...]:
-        return (row["setting"] != "prosparse_star", *seed_order(seeds.get(row["variant"]), recipe_seed), row["variant"])
+        found = board.get(row["variant"], {})
+        of_seed = seed_order(found.get("seed"), recipe.get("seed"))
+        return (row["setting"] != "prosparse_star", is_other(found.get("l1"), own), *of_seed, row["variant"])
 
     chosen = min(rows, key=order, default={}).get("variant")
     return [row for row in rows if row["variant"] == chosen]

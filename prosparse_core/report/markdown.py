@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prosparse_core.errors import BadInput, EnvironmentProblem
 from prosparse_core.ledger import Ledger
-from prosparse_core.report import benchmarks, tables, tables_compare
+from prosparse_core.report import benchmarks, tables, tables_claim, tables_compare
 from prosparse_core.report.conditions import conditions, limits
 from prosparse_core.report.data import ReportData, collect
 from prosparse_core.report.format import SPACE
@@ -31,6 +31,11 @@ PAGE, FIGURES = "results.md", "results"
 BENCHMARKS_PAGE = "benchmarks.md"
 EVALUATE = "evaluate"
 """The flow that measures a checkpoint without training."""
+MATCHED = (
+    "In each line one arm was measured at that sparsity, and the other is read between its two nearest points of the "
+    "same seed, ln(perplexity) taken as linear in sparsity; plain ReLU is the factor 0 of both. Differences are "
+    "of the setting to the fixed factor, seed by seed, and the interval is Student's t over the seeds."
+)
 _OWN = re.compile(r"(comparison|courses|course(-\d+)?|thresholds)\.svg")
 """What an earlier page may have left; other files in the folder are not ours."""
 _PADDING = 16
@@ -95,16 +100,18 @@ def page(data: ReportData, others: Sequence[ReportData] = ()) -> tuple[str, dict
         return _table(grid) if grid is not None else f"n/a: {escaped(absent)}."
 
     parts = [
-        f"# Results: {escaped(str(data.run['model']))}",
+        f"# Results: {escaped(data.model)}",
         f"Generated from the ledger by `prosparse report --markdown`: change the runs, not this page. "
         f"{escaped(str(data.recipe.get('description') or ''))}".rstrip(),
         "## What was found",
-        escaped(tables_compare.verdict(data)),
+        escaped(tables_claim.verdict(data)),
+        "\n".join(f"- {escaped(line)}" for line in tables_claim.caveats(data)),
         figure(comparison(data), "comparison"),
         "## Every setting, and the tokens it saw",
         _table(tables_compare.comparison(data)),
         "## Progressive against fixed factors",
-        table(_if_any(tables_compare.matched(data)), "no progressive setting was measured in this run"),
+        MATCHED,
+        table(_if_any(tables_claim.matched(data)), "no progressive setting was measured in this run"),
         "The paper's own numbers on this, accuracies instead of perplexities, each from one training run:",
         _table(tables_compare.printed(data)),
         "## Training",

@@ -7,6 +7,9 @@ from typing import Any
 
 from prosparse_core.report.format import is_number, plain
 
+SHIFTED = "_fatrelu"
+"""Ends the name of what calibrated thresholds make of a setting; of prosparse_star they make prosparse."""
+SHIFTED_ABOUT = "with FATReLU thresholds"
 SETTINGS = {
     "original": ("Original", "dense activation"),
     "original_continued": ("Original, continued", "dense activation, trained on the same tokens"),
@@ -14,7 +17,7 @@ SETTINGS = {
     "shifted_relu": ("Shifted ReLU", "ReLU with a fixed shift"),
     "fixed_l1": ("Fixed L1", "constant lambda"),
     "prosparse_star": ("ProSparse*", "before threshold shifting"),
-    "prosparse": ("ProSparse", "with FATReLU thresholds"),
+    "prosparse": ("ProSparse", SHIFTED_ABOUT),
     "linear_ramp": ("Linear ramp", "lambda rises along a line"),
     "exponential_ramp": ("Exponential ramp", "lambda rises exponentially"),
     "drelu": ("dReLU", "ReLU on gate and up"),
@@ -31,13 +34,16 @@ MAIN = ("prosparse", "prosparse_star", "fixed_l1", "shifted_relu", "vanilla_relu
 
 def name_of(setting: str) -> str:
     """What people call a setting; one they have no name for keeps its own."""
-    return SETTINGS.get(setting, (setting, ""))[0]
+    before = setting.removesuffix(SHIFTED)
+    if before in SETTINGS:
+        return SETTINGS[before][0] + ("" if before == setting else ", thresholds")
+    return setting
 
 
 def order_of(setting: str) -> tuple[int, str]:
-    """Sorts settings as the paper's tables do; unknown ones last, by name."""
-    known = list(SETTINGS)
-    return (known.index(setting) if setting in known else len(known), setting)
+    """Sorts settings as the paper's tables do, each before what thresholds make of it; unknown ones last, by name."""
+    known, before = list(SETTINGS), setting.removesuffix(SHIFTED)
+    return (known.index(before) if before in known else len(known), setting)
 
 
 def factor(l1: Any) -> str:

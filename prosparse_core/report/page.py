@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prosparse_core.report import tables, tables_compare, tables_layers, tables_run, tables_speed
+from prosparse_core.report import tables, tables_claim, tables_compare, tables_layers, tables_run, tables_speed
 from prosparse_core.report.data import SETTINGS, Record, ReportData
 from prosparse_core.report.format import duration, is_number, number, pct, ratio, short, when
 from prosparse_core.report.grid import Grid
@@ -57,8 +57,9 @@ def render(data: ReportData) -> str:
         tiles=tiles(data),
         plots=drawn,
         comparison=tables_compare.comparison(data) if data.is_comparison else None,
-        matched=tables_compare.matched(data) if data.is_comparison else None,
-        verdict=tables_compare.verdict(data) if data.is_comparison else "",
+        matched=tables_claim.matched(data) if data.is_comparison else None,
+        verdict=tables_claim.verdict(data) if data.is_comparison else "",
+        caveats=tables_claim.caveats(data) if data.is_comparison else [],
         shown=_shown(data),
         results=tables.results(data),
         cliff=tables.cliff(data),
@@ -101,7 +102,7 @@ def _facts(data: ReportData) -> list[tuple[str, str]]:
     counts = [(sum(s["status"] == outcome for s in others), word) for outcome, word in words.items()]
     return [
         ("Run", str(run["run_id"])),
-        ("Model", str(run["model"])),
+        ("Model", data.model),
         ("Started", when(run["started_at"])),
         ("Wall time", _wall_time(run, others)),
         ("Steps", f"{len(others)}: " + ", ".join(f"{n} {word}" for n, word in counts if n) if others else "none"),
@@ -163,13 +164,21 @@ def tiles(data: ReportData) -> list[Tile]:
 
 
 def _matched_tile(data: ReportData) -> Tile:
-    rows = [r for r in data["matched"] if r["setting"] == tables_compare.CLAIM]
+    """The sparsest point of ProSparse* that fixed factors reach too: where the claim matters most."""
+    rows = [r for r in data["matched"] if (r["setting"], r["measured"]) == (tables_claim.CLAIM, "progressive")]
+    there = [r for r in rows if is_number(r["difference_pct"])]
     title = "perplexity of ProSparse* against a fixed factor at the same sparsity"
-    if not rows or not is_number(rows[0]["difference_pct"]):
-        return Tile(title, "n/a", (rows and rows[0]["reason"]) or data.why_missing("evaluate", tables_compare.CLAIM))
-    error = rows[0]["difference_stderr_pct"]
-    about = f"± {error:.1f}, one standard error" if is_number(error) else "without a standard error"
-    return Tile(title, tables_compare.signed(rows[0]["difference_pct"]), about)
+    if not there:
+        return Tile(title, "n/a", (rows and rows[0]["reason"]) or data.why_missing("evaluate", tables_claim.CLAIM))
+    row = max(there, key=lambda r: (r["sparsity"], r["variant"]))
+    low, high = row["difference_low_pct"], row["difference_high_pct"]
+    known = (
+        f"95 % interval {tables_claim.signed(low)} to {tables_claim.signed(high)}" if is_number(low) else "no interval"
+    )
+    about = (
+        f"at {pct(row['sparsity'])}; {known}, {row['num_pairs']} pair{'' if row['num_pairs'] == 1 else 's'} of seeds"
+    )
+    return Tile(title, tables_claim.signed(row["difference_pct"]), about)
 
 
 def _speed_tile(data: ReportData) -> Tile:

@@ -1,4 +1,4 @@
-"""The plot of a comparison: every variant by its sparsity and perplexity, with the fixed factors as a line."""
+"""The plot of a comparison: every variant by its sparsity and perplexity, with both arms as lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prosparse_core.report.courses import course_order
 from prosparse_core.report.data import Record, ReportData
 from prosparse_core.report.format import is_number, number, pct, plain
-from prosparse_core.report.names import name_of
+from prosparse_core.report.names import SHIFTED, name_of
 from prosparse_core.report.plot import Plot
 from prosparse_core.report.sheet import INK, MUTED, PAPER, SERIES, SMALL, Sheet, grid, legend
 
@@ -38,19 +38,21 @@ _STYLES = {
 
 
 def style_of(setting: str) -> tuple[str, str]:
-    """(colour, marker) of a setting, the same in every plot: kin share a colour, no two settings both."""
-    color, marker = _STYLES.get(setting, (None, "X"))
+    """(colour, marker) of a setting, the same in every plot: kin share a colour, no two settings both; what thresholds
+    make of a setting is drawn like it, but hollow."""
+    color, marker = _STYLES.get(setting.removesuffix(SHIFTED), (None, "X"))
     return (INK if color is None else SERIES[color]), marker
 
 
 def comparison(data: ReportData) -> Plot:
-    """Perplexity against sparsity: one marker per variant, fixed factors joined, dense settings as levels."""
+    """Perplexity against sparsity: one marker per variant, the points of each arm joined, dense settings as levels."""
     rows = [{c: r[c] for c in COLUMNS} for r in data["leaderboard"]]
     rows = [r for r in rows if is_number(r["sparsity"]) and is_number(r["perplexity"]) and r["perplexity"] > 0]
     rows.sort(key=lambda r: (*course_order(r, data.recipe.get("seed")), r["variant"]))
     sparse = [r for r in rows if r["sparsity"] >= DENSE]
     levels = _levels(rows)
     line = fixed_line(data["comparison"])
+    others = [arm_line(data["comparison"], arm) for arm in ARMS]
     settings = list(dict.fromkeys(r["setting"] for r in sparse))
 
     def paint(width: int) -> Sheet:
@@ -65,6 +67,10 @@ def comparison(data: ReportData) -> Plot:
         ax.set_yscale("log")
         if len(line) > 1:
             ax.plot(*zip(*[(100 * s, p) for s, p, _ in line], strict=True), **_LINE)
+        for name, drawn in zip(ARMS, others, strict=True):
+            if len(drawn) > 1:
+                style = {**_LINE, "color": style_of(name)[0], "linestyle": _DOTS if name in SHIFTED_ARMS else "-"}
+                ax.plot(*zip(*[(100 * s, p) for s, p, _ in drawn], strict=True), **style)
         for setting in settings:
             _points(ax, setting, [r for r in sparse if r["setting"] == setting])
         _frame(ax, sparse, levels)
@@ -78,7 +84,8 @@ def comparison(data: ReportData) -> Plot:
 
     aid = "Each marker is one trained model: the lower and the further right, the better. "
     aid += "The grey line joins the fixed factors, so whatever lies below it costs less than a fixed factor at the "
-    aid += "same sparsity. Error bars are one standard error of the evaluation, and all models read the same text."
+    aid += "same sparsity; the coloured line joins the progressive stages, and dotted ones either with thresholds. "
+    aid += "Error bars are one standard error of the evaluation, and all models read the same text."
     return Plot(
         "comparison",
         "Perplexity and sparsity of every setting",
@@ -94,12 +101,26 @@ def comparison(data: ReportData) -> Plot:
 _LINE: dict[str, Any] = {"color": MUTED, "linewidth": 1.4, "linestyle": (0, (6, 3)), "zorder": 2}
 
 
+SHIFTED_ARMS = ("fixed_l1_fatrelu", "prosparse")
+ARMS = ("prosparse_star", *SHIFTED_ARMS)
+"""What is joined besides the fixed factors."""
+_DOTS = (0, (1, 2))
+
+
 def fixed_line(rows: list[Record]) -> list[tuple[float, float, float]]:
-    """(sparsity, perplexity, factor) of the fixed factors by rising sparsity, with plain ReLU as the factor 0."""
-    rows = [r for r in rows if r["setting"] in ("fixed_l1", "vanilla_relu")]
-    found = [(r["sparsity"], r["perplexity"], r["l1"]) for r in rows]
-    found = [(s, p, 0.0 if l1 is None else l1) for s, p, l1 in found if is_number(s) and is_number(p) and p > 0]
-    return sorted(found) if any(r["setting"] == "fixed_l1" for r in rows) else []
+    """See :func:`arm_line`; of fixed factors."""
+    return arm_line(rows, "fixed_l1")
+
+
+def arm_line(rows: list[Record], arm: str) -> list[tuple[float, float, float]]:
+    """(sparsity, perplexity, factor) of an arm by rising sparsity, with plain ReLU as the factor 0; empty for one point
+    of a progressive arm, which is no course of factors."""
+    zero = "vanilla_relu" + (SHIFTED if arm in SHIFTED_ARMS else "")
+    own = [r for r in rows if r["setting"] == arm]
+    if not own or (len(own) < 2 and not arm.startswith("fixed")):
+        return []
+    found = [(r["sparsity"], r["perplexity"], r["l1"]) for r in [*own, *(r for r in rows if r["setting"] == zero)]]
+    return sorted((s, p, 0.0 if l1 is None else l1) for s, p, l1 in found if is_number(s) and is_number(p) and p > 0)
 
 
 def _levels(rows: list[Record]) -> list[tuple[str, float]]:
@@ -119,7 +140,10 @@ def _points(ax: Axes, setting: str, rows: list[Record]) -> None:
     below = [min(e, 0.9 * p) for e, p in zip(errors, y, strict=True)]
     ax.vlines(x, [p - b for p, b in zip(y, below, strict=True)], [p + e for p, e in zip(y, errors, strict=True)],
               colors=color, alpha=0.4, linewidth=1.2, zorder=3)  # fmt: skip
-    ax.plot(x, y, linestyle="none", marker=marker, color=color, markersize=8, label=name_of(setting), zorder=5)
+    filled: dict[str, Any] = {"markerfacecolor": PAPER, "markeredgewidth": 1.6} if setting.endswith(SHIFTED) else {}
+    ax.plot(
+        x, y, linestyle="none", marker=marker, color=color, markersize=8, label=name_of(setting), zorder=5, **filled
+    )
 
 
 def _frame(ax: Axes, rows: list[Record], levels: list[tuple[str, float]]) -> None:

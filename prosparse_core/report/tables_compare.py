@@ -1,8 +1,7 @@
-"""The tables of a comparison: every setting over its seeds, the same sparsity by a fixed factor, and the paper."""
+"""The tables of a comparison: every setting over its seeds, the threshold rules, and the paper."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from prosparse_core.report.courses import course_order
@@ -11,9 +10,7 @@ from prosparse_core.report.format import MINUS, SPACE, count, is_number, number,
 from prosparse_core.report.grid import NOT_APPLICABLE, Cell, Column, Grid
 from prosparse_core.report.names import name_of, seeds
 from prosparse_core.report.plot_tradeoff import best_within, budget_of
-
-CLAIM = "prosparse_star"
-"""The setting the paper's claim is about: progressive factors, before threshold shifting."""
+from prosparse_core.report.tables_claim import signed
 
 
 def comparison(data: ReportData) -> Grid:
@@ -22,6 +19,9 @@ def comparison(data: ReportData) -> Grid:
     columns += [Column("Mean", "± sd over seeds", group="Perplexity"), Column("Standard error", group="Perplexity")]
     columns += [Column("Ratio to the original", group="Perplexity"), Column("Sparsity", "± sd over seeds")]
     columns += [Column("Accuracy", "± standard error"), Column("Threshold")]
+    columns += [Column("Sum over steps", group="λ"), Column("Steps at the last", group="λ")]
+    columns += [Column("Of the peak", group="Learning rate left at the last λ")]
+    columns += [Column("Of its sum", "regularized steps", group="Learning rate left at the last λ")]
     grid = Grid("Settings, and the tokens they saw", columns)
     rows = sorted(data["comparison"], key=lambda r: (*course_order(r, None), r["variants"]))
     dense = next((r["perplexity"] for r in rows if r["setting"] == "original"), None)
@@ -39,12 +39,23 @@ def comparison(data: ReportData) -> Grid:
         line.append(_share(row["sparsity"], row["sparsity_sd"]) or grid.missing(why))
         line.append(_share(row["accuracy"], row["accuracy_stderr"]) or grid.missing(why))
         line.append(Cell(plain(row["threshold"])) if row["threshold"] else blank)
+        line += _course(grid, row, blank)
         grid.rows.append(line)
     there = {r["setting"] for r in rows}
     for setting in (s for s in data.expected if s not in there):
         absent = grid.missing(data.why_missing("evaluate", setting))
         grid.rows.append([Cell(name_of(setting)), *[absent] * (len(columns) - 1)])
     return grid
+
+
+def _course(grid: Grid, row: Record, blank: Cell) -> list[Cell]:
+    """How lambda went: what tells the arms apart besides their perplexity."""
+    if not row["l1"] and not is_number(row["l1_sum"]):
+        return [blank] * 4
+    if not is_number(row["l1_sum"]):
+        return [grid.missing("the training log does not tell of every step")] * 4
+    cells = [Cell(f"{row['l1_sum']:.3g}"), Cell(count(round(row["steps_at_last_l1"])))]
+    return [*cells, Cell(pct(row["lr_at_last_l1"], 1)), Cell(pct(row["lr_left"], 1))]
 
 
 _NO_ERROR = "the evaluation recorded no standard error of every corpus"
@@ -72,71 +83,6 @@ def _share(value: Any, error: Any) -> Cell | None:
     if not is_number(value):
         return None
     return Cell(pct(value, 2), f"± {100 * error:.2f}" if is_number(error) else "")
-
-
-def matched(data: ReportData) -> Grid:
-    """Every progressive setting beside a fixed factor at the same sparsity and tokens."""
-    columns = [Column("Setting", is_number=False), Column("Sparsity"), Column("Perplexity")]
-    columns += [Column("Of a fixed factor there"), Column("Difference", "± standard error")]
-    columns += [Column("Between the factors"), Column("Error from", is_number=False)]
-    grid = Grid("At the same sparsity as a fixed factor", columns)
-    for row in sorted(data["matched"], key=lambda r: (*course_order(r, None), r["variant"])):
-        line = [Cell(name_of(row["setting"]), _number_of_runs(row)), Cell(pct(row["sparsity"], 2))]
-        line.append(Cell(number(row["perplexity"])))
-        if row["reason"] or not is_number(row["difference_pct"]):
-            absent = grid.missing(row["reason"] or _NO_DIFFERENCE)
-            line += [absent] * 4
-        else:
-            line += [Cell(number(row["fixed_perplexity"])), Cell(*_difference(row))]
-            line += [Cell(f"{plain(row['l1_below'])} and {plain(row['l1_above'])}")]
-            line += [Cell(row["error_source"]) if row["error_source"] else grid.missing(_NO_ERROR)]
-        grid.rows.append(line)
-    return grid
-
-
-_NO_DIFFERENCE = "the perplexities do not allow a comparison"
-
-
-def _difference(row: Record) -> tuple[str, str]:
-    error = row["difference_stderr_pct"]
-    return signed(row["difference_pct"]), f"± {error:.1f}" if is_number(error) else ""
-
-
-def signed(value: float) -> str:
-    """``−1.2 %``."""
-    return f"{value:+.1f}{SPACE}%".replace("-", MINUS)
-
-
-def verdict(data: ReportData) -> str:
-    """The paper's claim, that progressive factors cost less than a fixed one at the same sparsity, judged by the
-    numbers in one sentence, whichever way they fall: by the 95 % interval of the difference."""
-    row = min((r for r in data["matched"] if r["setting"] == CLAIM), key=lambda r: str(r["variant"]), default=None)
-    claim = "the paper's claim that at matched sparsity progressive regularization has a lower perplexity than a fixed "
-    claim += "factor"
-    if row is None:
-        return f"This run cannot test {claim}: {name_of(CLAIM)} was not measured in it."
-    if row["reason"] or not is_number(row["difference_pct"]):
-        return f"This run cannot test {claim}: {row['reason'] or _NO_DIFFERENCE}."
-    value, error = row["difference_pct"], row["difference_stderr_pct"]
-    size = "the same as" if value == 0 else f"{abs(value):.1f}{SPACE}% {'lower' if value < 0 else 'higher'} than"
-    told = f"At {pct(row['sparsity'], 1)} sparsity the perplexity of {name_of(CLAIM)}, {number(row['perplexity'])}, is "
-    told += f"{size} the {number(row['fixed_perplexity'])} of a fixed factor"
-    if not is_number(error):
-        return f"{told}; without a standard error that neither supports nor refutes {claim}."
-    low, high = interval(row)
-    told += f" (difference {signed(value)} ± {error:.1f}, one standard error from the {row['error_source']}; "
-    told += f"95{SPACE}% interval {signed(low)} to {signed(high)})"
-    if low <= 0 <= high:
-        return f"{told}: this run does not decide {claim}."
-    return f"{told}: this run {'supports' if value < 0 else 'contradicts'} {claim}."
-
-
-def interval(row: Record) -> tuple[float, float]:
-    """The 95 % interval of a difference: by Student's t where the error rests on few seeds."""
-    from scipy.stats import t
-
-    reach = float(t.ppf(0.975, row["degrees_of_freedom"] or math.inf)) * row["difference_stderr_pct"]
-    return row["difference_pct"] - reach, row["difference_pct"] + reach
 
 
 def rules(data: ReportData) -> Grid | None:

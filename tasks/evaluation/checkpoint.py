@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prosparse_core import source_precision
 from prosparse_core.errors import BadInput
 from prosparse_core.export import CODE_FILES
 from prosparse_core.families import EXPORTED, require_family
@@ -25,7 +26,7 @@ from tasks.base_model import OWN_ACTIVATIONS, activation_name, base_model, hash_
 from tasks.evaluation.sparse_config import GRANITE, Plain, plain_model
 from tasks.step import Run, Work
 
-VERSION = 1
+VERSION = 2
 SAFETENSORS = "*.safetensors"
 PICKLED = "pytorch_model*.bin"
 VARIANT_ID = re.compile(r"^[a-z][a-z0-9_]*@[0-9a-f]{8}(\+[0-9a-f]{8})?$")
@@ -199,10 +200,12 @@ def _import(work: Work, files: Sequence[Path], target: Target) -> None:
     )
     if not any(p.match(SAFETENSORS) for p in files):
         _unpickle(folder, model, plain.config)
-    write_json(model / "config.json", plain.config)
+    stored = source_precision.of_folders(folder, model)
+    precision = source_precision.of_config(plain.config) or stored
+    write_json(model / "config.json", {**plain.config, **({source_precision.KEY: precision} if precision else {})})
     if plain.thresholds is not None:
         write_json(work.folder / THRESHOLDS, {"per_layer": plain.thresholds, "rule": "imported"})
-    work.meta.update(sizes_of(plain.config))
+    work.meta.update(sizes_of(plain.config), source_precision=precision)
 
 
 def _unpickle(folder: Path, target: Path, config: Mapping[str, Any]) -> None:

@@ -62,9 +62,10 @@ def ways(original: Variant | None, scratch: Path, capacity: int, threads: int) -
         decoder.feed(prompt[0].tolist())
 
     own = Way("native_dense", DTYPE, None, lambda token: decoder.feed((token,)), begin, decoder)
-    own.note = "the dense original"
+    about = f"f16 of the dense original, {original.source_precision or 'of unrecorded precision'}"
+    own.note = about
     other = Way(PROVIDER, DTYPE, None, peer.step, peer.begin)
-    other.note = f"{PACKAGE} {version()}, the dense original"
+    other.note = f"{PACKAGE} {version()}, {about}"
     return [own, other], None
 
 

@@ -13,6 +13,7 @@ from prosparse_core.ledger import Ledger
 from prosparse_core.store import Artifact
 
 MODEL = "example-model"
+PRECISION = "Q4_1 dequantised"
 CORPORA = {"code": 1000, "docs": 3000}
 """Held-out corpora and their tokens; their shares of the mixture are the same."""
 TOKENS = 4096
@@ -142,6 +143,7 @@ def _variant(row: Row, checkpoint: Artifact, thresholds: Artifact | None) -> dic
         "table": "variants",
         "variant": f"{row.setting}@{str(checkpoint.digest)[:8]}{suffix}",
         "model": MODEL,
+        "source_precision": PRECISION,
         "setting": row.setting,
         "activation": "original" if row.setting == "original" else "fatrelu" if thresholds else "relu",
         "checkpoint": checkpoint.digest,

@@ -292,7 +292,7 @@ def build_home(path: Path) -> Home:
     make("substitute", "substitute", [original, cliff], inputs={"checkpoint": base, "mixture": data})
     checkpoint = base
     for stage, (first, last, l1) in enumerate([(1, 3, 0.0), (4, 5, 0.1), (6, 8, 0.4)]):
-        inputs = {"checkpoint": checkpoint, "mixture": data}
+        inputs = {"before": checkpoint, "corpora": data}
         log, logs = training_log(stage, first, last, l1), training_logs(stage, last)
         checkpoint = make("stage", f"stage {stage}", log=log, logs=logs, inputs=inputs)
     Store(path).drop(made["stage 0"], "result.txt", "runtime.keep=last")

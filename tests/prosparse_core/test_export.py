@@ -352,6 +352,18 @@ def test_card_shows_the_data_and_nothing_else() -> None:
     assert "trust_remote_code=True" in text
     assert not re.search(r"20\d\d-\d\d", card), "no dates: the same data give the same bytes"
     assert card == make_card()
+    assert "owner/Model-1B with sparse FFN activations" in text
+    assert "| Weights that training began with | precision not recorded |" in text
+
+
+def test_card_says_in_which_precision_the_weights_came() -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 21}
+    card = make_card(config={**config, "prosparse_source_precision": "Q4_1 dequantised"})
+    assert "owner/Model-1B, Q4_1 dequantised, with sparse FFN activations" in card
+    assert "| Weights that training began with | Q4_1 dequantised |" in card
+    assert (
+        fatrelu_config({**config, "prosparse_source_precision": "bf16"}, [0.1])["prosparse_source_precision"] == "bf16"
+    )
 
 
 def test_card_without_hub_id_or_measurements() -> None:

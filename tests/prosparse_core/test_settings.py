@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -31,8 +32,8 @@ def test_every_setting_a_recipe_may_name_has_an_entry() -> None:
 def test_all_trained_rows_see_the_same_tokens_and_share_the_learning_rate() -> None:
     recipe = recipes.load("tiny", EVERYTHING)
     rows = settings.rows(recipe)
-    assert {r.setting for r in rows} == set(settings.SETTINGS)
-    trained = [r.train for r in rows if r.train is not None and r.setting != "distilled_equal_time"]
+    assert {r.setting for r in rows if not r.setting.endswith("_fatrelu")} == set(settings.SETTINGS)
+    trained = [r.train for r in rows if r.train is not None and "equal_time" not in r.setting]
     assert {t.total_tokens for t in trained} == {recipe.train.total_tokens}
     assert {(t.lr, t.warmup_steps, t.tokens_per_step) for t in trained} == {(3e-3, 5, 512)}
     assert {t.stages[0].until_step for t in trained} == {20}
@@ -42,8 +43,74 @@ def test_factors_and_seeds_make_rows() -> None:
     rows = settings.rows(recipes.load("tiny", EVERYTHING))
     fixed = [(r.train.stages[-1].l1, r.seed) for r in rows if r.setting == "fixed_l1" and r.train]
     assert fixed == [(0.1, None), (0.1, 1), (0.2, None), (0.2, 1)]
-    assert [(r.seed, r.thresholds) for r in rows if r.setting == "prosparse"] == [(None, True), (1, True), (2, True)]
+    assert [r.seed for r in rows if r.setting == "prosparse"] == [None, 1, 2]
+    assert {r.thresholds_of for r in rows if r.setting == "prosparse"} == {"prosparse_star"}
     assert [r.note for r in rows if r.setting == "fixed_l1"][1] == "fixed_l1 0.1 · seed 1"
+
+
+def test_thresholds_are_calibrated_for_every_setting_that_runs_relu() -> None:
+    """Else those with them have more zeros than what they stand beside, for no reason of their own."""
+    rows = settings.rows(recipes.load("tiny", EVERYTHING))
+    plain = {r.setting for r in rows if r.train and r.train.activation == "relu" and not r.thresholds_of}
+    shifted = {r.thresholds_of for r in rows if r.thresholds_of}
+    assert shifted == plain
+    assert shifted == set(settings.SETTINGS) - {"original", "original_continued", "shifted_relu", "drelu", "prosparse"}
+    for before, after in pairwise(rows):
+        if after.thresholds_of and after.setting != "prosparse":
+            assert (before.setting, before.train, before.seed) == (after.thresholds_of, after.train, after.seed)
+            assert after.setting == f"{before.setting}_fatrelu"
+    of_one = settings.rows(recipes.load("tiny", [*EVERYTHING, "compare.thresholds=false"]))
+    assert {r.setting for r in of_one if r.thresholds_of} == {"prosparse"}
+    assert settings.training_of(rows, 42) == settings.training_of(of_one, 42), "thresholds train nothing"
+
+
+def test_both_arms_end_at_the_same_factors() -> None:
+    recipe = recipes.load(
+        "tiny", ["compare.settings=[fixed_l1, prosparse_star, prosparse]", "compare.final_l1=[0.1, 0.2, 0.4]"]
+    )
+    by_setting: dict[str, list[float]] = {}
+    for row in settings.rows(recipe):
+        assert row.train is not None
+        by_setting.setdefault(row.setting, []).append(row.train.stages[-1].l1)
+    assert by_setting == {s: [0.1, 0.2, 0.4] for s in ("fixed_l1", "fixed_l1_fatrelu", "prosparse_star", "prosparse")}
+    stars = [r.train for r in settings.rows(recipe) if r.setting == "prosparse_star" and r.train]
+    assert stars[1] == recipe.train, "the recipe's own last factor leaves its stages as they are"
+    for train, scale in zip(stars, (0.5, 1, 2), strict=True):
+        for step in range(1, 61):
+            assert l1_lambda(train.stages, step) == pytest.approx(scale * l1_lambda(recipe.train.stages, step))
+    notes = [r.note for r in settings.rows(recipe) if "prosparse" in r.setting]
+    assert notes[:3] == ["prosparse_star 0.1", "prosparse 0.1", "prosparse_star 0.2"]
+
+
+def test_factors_of_the_fixed_arm_alone_come_first() -> None:
+    recipe = recipes.load("tiny", ["compare.settings=[fixed_l1]", "compare.final_l1=[0.2]", "compare.fixed_l1=[0.3]"])
+    assert [r.train.stages[-1].l1 for r in settings.rows(recipe) if r.train] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize("stages", ["[{until_step: 4, l1: 0}, {until_step: 8, target_sparsity: 0.5}]",
+                                    "[{until_step: 4, l1: 0}, {until_step: 8, l1: 0}]"])  # fmt: skip
+def test_what_has_no_last_factor_is_not_scaled(stages: str) -> None:
+    overrides = [f"train.stages={stages}", "compare.settings=[prosparse_star]", "compare.final_l1=[0.2]"]
+    with pytest.raises(BadInput, match=r"compare.final_l1: the last stage's lambda .* is 0 or steered"):
+        settings.rows(recipes.load("tiny", overrides))
+
+
+def test_seeds_share_no_stage() -> None:
+    """A seed is a data order from the first step on: what it repeats is the whole training."""
+    recipe = recipes.load("tiny", ["compare.settings=[vanilla_relu, prosparse_star]",
+                                   "compare.seeds={vanilla_relu: [7], prosparse_star: [7]}"])  # fmt: skip
+    by_seed: dict[int | None, list[set[str]]] = {}
+    for row in settings.rows(recipe):
+        by_seed.setdefault(row.seed, []).append(set(settings.course(row, recipe.seed)))
+    own, other = ([set.union(*courses), set.intersection(*courses)] for courses in (by_seed[None], by_seed[7]))
+    assert not own[0] & other[0]
+    assert len(own[1]) == len(other[1]) == 1, "settings of one seed share stage 0"
+
+
+def test_a_further_seed_is_another_one() -> None:
+    recipe = recipes.load("tiny", ["compare.settings=[vanilla_relu]", "compare.seeds={vanilla_relu: [42]}"])
+    with pytest.raises(BadInput, match="vanilla_relu has the recipe's own seed 42 once more"):
+        settings.rows(recipe)
 
 
 def test_what_each_setting_changes() -> None:
@@ -69,21 +136,26 @@ def test_what_each_setting_changes() -> None:
 
 def test_the_default_fixed_factor_is_the_last_of_the_stages() -> None:
     rows = settings.rows(recipes.load("tiny", ["compare.settings=[fixed_l1]"]))
-    assert [r.train.stages[-1].l1 for r in rows if r.train] == [0.2]
+    assert {r.train.stages[-1].l1 for r in rows if r.train} == {0.2}
 
 
-def test_the_comparison_that_was_published_is_made_of_the_stages_it_was() -> None:
-    """What is in the store by now hangs on them."""
-    made = {}
-    for row in settings.rows(recipes.load("smollm2-135m-compare")):
-        if row.train and row.seed is None:
-            made[row.note] = [s.model_dump(exclude_defaults=True) for s in row.train.stages]
+def test_the_comparison_of_smollm_has_both_arms_at_the_same_factors_and_seeds() -> None:
+    recipe = recipes.load("smollm2-135m-compare")
+    last: dict[str, set[tuple[int | None, float]]] = {}
+    for row in settings.rows(recipe):
+        if row.train:
+            last.setdefault(row.setting, set()).add((row.seed, row.train.stages[-1].l1))
+    assert last["fixed_l1"] == last["prosparse_star"] == last["fixed_l1_fatrelu"] == last["prosparse"]
+    seeds = {seed for seed, _ in last["fixed_l1"]}
+    assert len(seeds) >= 3, "an interval of two pairs is wider than any difference"
+    assert seeds == {seed for seed, _ in last["vanilla_relu"]}, "the factor 0 of both arms"
+    assert len({l1 for _, l1 in last["fixed_l1"]}) >= 3
+    made = {row.note: row.train for row in settings.rows(recipe) if row.train}
     first = {"until_step": 40, "l1": 0.0}
-    assert made["fixed_l1 0.3"] == [first, {"until_step": 120, "l1": 0.3}]
-    assert made["fixed_l1 0.8"] == [first, {"until_step": 120, "l1": 0.8}]
-    assert made["closed_loop"] == [first, {"until_step": 120, "l1": 0.0, "target_sparsity": 0.75}]
-    for name in ("vanilla_relu", "original_continued", "shifted_relu"):
-        assert made[name] == [first, {"until_step": 120, "l1": 0.0}]
+    for note, one in (("fixed_l1 1", {"l1": 1.0}), ("closed_loop", {"l1": 0.0, "target_sparsity": 0.75}),
+                      ("vanilla_relu", {"l1": 0.0}), ("shifted_relu", {"l1": 0.0})):  # fmt: skip
+        stages = [s.model_dump(exclude_defaults=True) for s in made[note].stages]
+        assert stages == [first, {"until_step": 120, **one}]
 
 
 TEACHER = "distill: {weight: 1.0, temperature: 2.0}"
@@ -92,7 +164,8 @@ TEACHER = "distill: {weight: 1.0, temperature: 2.0}"
 def stages_of(name: str, stages: str, *more: str) -> list[Any]:
     """The stages of every row of a setting, made of tiny with other stages."""
     overrides = [f"train.stages={stages}", f"compare.settings=[{name}]", *EVERYTHING[1:-1], *more]
-    return [r.train.stages for r in settings.rows(recipes.load("tiny", overrides)) if r.train]
+    rows = settings.rows(recipes.load("tiny", overrides))
+    return [r.train.stages for r in rows if r.train and r.setting == name]
 
 
 ONE_STAGE = ["original_continued", "vanilla_relu", "shifted_relu", "fixed_l1", "closed_loop"]
@@ -144,6 +217,17 @@ def test_every_setting_has_the_recipes_learning_rate_and_corpora_at_each_step(na
         if name in ONE_STAGE and schedule == "wsd":
             assert [s.until_step for s in row.train.stages] == [4, 9, 12, 16, 18, 24]
             assert len({(s.l1, s.target_sparsity) for s in row.train.stages[1:5]}) == 1
+
+
+def test_scaled_stages_keep_all_but_lambda() -> None:
+    overrides = [f"train.stages={WSD}", "train.schedule=wsd", "compare.settings=[prosparse_star]"]
+    own = recipes.load("tiny", overrides).train
+    for row in settings.rows(recipes.load("tiny", [*overrides, "compare.final_l1=[0.5, 2.0]"])):
+        assert row.train is not None
+        assert row.factor in (0.5, 2.0)
+        for made, stage in zip(row.train.stages, own.stages, strict=True):
+            assert made == stage.model_copy(update={"l1": made.l1})
+            assert made.l1 == pytest.approx(stage.l1 * row.factor), "the last before phase: sft is 1"
 
 
 def test_equal_time_shortens_the_warm_up_and_the_half_life_too() -> None:
@@ -242,4 +326,4 @@ def test_what_rows_have_in_common_is_counted_once() -> None:
     assert (shared.num_stages, shared.num_last, shared.tokens) == (1 + 1 + 3, 2, (20 + 40 + 40) * 512)
     again = recipes.load("tiny", ["compare.settings=[prosparse]", "compare.seeds={prosparse: [7]}"])
     shared = settings.training_of(settings.rows(again), again.seed)
-    assert (shared.num_stages, shared.num_last, shared.tokens) == (1 + 3 + 3, 2, (20 + 40 + 40) * 512)
+    assert (shared.num_stages, shared.num_last, shared.tokens) == (4 + 4, 2, 2 * 60 * 512)

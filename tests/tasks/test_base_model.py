@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prosparse_core import families
 from prosparse_core.errors import BadInput
 from prosparse_core.families import find_ffns
+from prosparse_core.formats.gguf_dense import write_dense_gguf
 from prosparse_core.random_model import train_tokenizer
 from prosparse_core.recipe import Model, parse
+from prosparse_core.source_precision import KEY
 from prosparse_core.substitute import use_thresholds
 from prosparse_core.variants import MODEL, Variant, load_variant
 from tasks.base_model import base_model, check_chain, identity
@@ -115,6 +118,7 @@ def test_a_minicpm_that_runs_fatrelu_is_measured_with_it_and_is_no_dense_model(
     variant = checkpoint(base.run()[0], find_checkpoint(str(folder), base.home))
     num_layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     assert variant.layer_thresholds() == [0.01] * num_layers
+    assert variant.fact("m")["source_precision"] == variant.checkpoint.meta()["source_precision"] == "fp32"
     granite, tokenizer = load_variant(variant)
     assert granite.config.model_type == "granite"
     own = AutoModelForCausalLM.from_pretrained(minicpm, trust_remote_code=True).eval()
@@ -199,6 +203,27 @@ def test_sizes_have_common_names_in_a_random_model(base: Any) -> None:
     dense = base_model(run_of(base, source="random:gpt2", config={**SIZES, "num_hidden_layers": 2}))
     meta = dense.meta()
     assert (meta["model_type"], meta["num_layers"], meta["d_model"], meta["d_ff"]) == ("gpt2", 2, 48, 101)
+
+
+def test_the_precision_of_the_source_goes_with_the_weights(base: Any, tmp_path: Path) -> None:
+    """ "Original" is what the file held: a stage, an export and another import say so too, by the config they copy."""
+
+    def of(source: Path) -> tuple[Any, Any, Any]:
+        dense = base_model(run_of(base, source=str(source)))
+        config = json.loads((dense.path / MODEL / "config.json").read_text())
+        fact = Variant("original", dense, "original").fact("m")
+        return dense.meta()["source_precision"], config[KEY], fact["source_precision"]
+
+    assert base.dense.meta()["source_precision"] == "fp32 random"
+    folder = tmp_path / "half"
+    shutil.copytree(base.dense.path / MODEL, folder)
+    assert of(folder) == ("fp32 random",) * 3, "what is known of the weights outlasts how they are stored"
+    edit(folder, **{KEY: None, "dtype": "bfloat16"})
+    for path in folder.glob("*.safetensors"):
+        save_file({k: v.to(torch.bfloat16) for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert of(folder) == ("bf16",) * 3
+    write_dense_gguf(base.dense.path / MODEL, tmp_path / "m.gguf")
+    assert of(tmp_path / "m.gguf") == ("fp16",) * 3
 
 
 @pytest.mark.parametrize(

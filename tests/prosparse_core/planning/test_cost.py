@@ -207,6 +207,18 @@ def test_a_comparison_costs_what_its_rows_train_once() -> None:
     assert all_.disk.stages["last"] < all_.disk.stages["all"]
 
 
+def test_a_comparison_counts_the_text_that_is_only_read() -> None:
+    """2 rows without thresholds and 1 with: 3 corpora of 2,048 tokens each, and 6 + 4 thresholds on as many; forward
+    alone is a third of a training step."""
+    recipe = recipes.load("tiny", ["compare.settings=[original, vanilla_relu]"])
+    shape = planning.shape_of(recipe.model)
+    assert shape is not None
+    one, all_ = planning.cost(recipe, shape), planning.comparison_cost(recipe, shape)
+    assert one.measuring_hours == 0, "a run of the main path is not told of"
+    read = 3 * 2048 * (3 + 10)
+    assert all_.measuring_hours == pytest.approx(one.hours * read / 3 / one.tokens)
+
+
 @pytest.mark.parametrize(
     ("asked", "message", "hint"),
     [

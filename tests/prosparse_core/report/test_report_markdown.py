@@ -19,7 +19,7 @@ from prosparse_core.report import collect, write_results
 from prosparse_core.report.data import ReportData
 from prosparse_core.report.format import SPACE
 from prosparse_core.report.markdown import _replace, commands, page, standalone
-from prosparse_core.report.tables_compare import verdict
+from prosparse_core.report.tables_claim import caveats, verdict
 
 LONG = "20260103T120000-example-long-0003"
 COMPARED = Comparison.run_id
@@ -51,7 +51,7 @@ def data(told: tuple[Ledger, Comparison]) -> ReportData:
 def test_the_page_has_everything(data: ReportData, written: Path) -> None:
     text = (written / "results.md").read_text(encoding="utf-8")
     assert re.findall("^#+ .*", text, flags=re.MULTILINE) == [
-        "# Results: example-model",
+        "# Results: example-model, Q4\\_1 dequantised",
         "## What was found",
         "## Every setting, and the tokens it saw",
         "## Progressive against fixed factors",
@@ -65,6 +65,11 @@ def test_the_page_has_everything(data: ReportData, written: Path) -> None:
         "## How to reproduce this",
     ]
     assert verdict(data).replace("*", "\\*").replace(SPACE, " ") in text
+    for line in caveats(data):
+        assert f"- {line}".replace(SPACE, " ") in text
+    assert "- The original is example-model, Q4\\_1 dequantised: what training gains" in text
+    assert "| Model | example-model, Q4\\_1 dequantised |" in text
+    assert "contradict" not in text, "a run of 8 steps says nothing of the paper's"
     assert "Training tokens per setting: 4,096; what holds so early need not hold later." in text
     assert "One seed, so no spread over seeds: Vanilla ReLU, Fixed L1 λ 0.8, Closed loop." in text
     assert "Up to 2 seeds: Fixed L1 λ 0.3, ProSparse\\*, ProSparse; a standard deviation over so few" in text

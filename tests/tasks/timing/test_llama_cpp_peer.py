@@ -69,6 +69,7 @@ def test_both_ways_decode_the_same_dense_weights(base: Any, installed: type[Llam
         ("native_dense", "float16", None),
         ("llama_cpp", "float16", None),
     ]
+    assert all("f16 of the dense original, fp32 random" in way.note for way in found)
     for way in found:
         assert isinstance(way, Way)
         assert way.begin is not None
