@@ -139,11 +139,21 @@ def calibrate_cett(
             tried[per_layer] = Trial(sum(per_layer) / num_layers, measure(per_layer), per_layer, cett)
         return tried[per_layer]
 
-    return _search(trial, cetts, max_ppl_increase_pct, refine)
+    return _search(trial, cetts, max_ppl_increase_pct, refine, most=1.0)
 
 
-def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increase_pct: float, refine: int) -> Curve:
-    """Walk ``values`` (rising, the first is the base) up and on, then narrow the interval in which the budget ends."""
+def _search(
+    try_: Callable[[float], Trial],
+    values: Sequence[float],
+    max_increase_pct: float,
+    refine: int,
+    most: float = math.inf,
+) -> Curve:
+    """Walk ``values`` (rising, the first is the base) up and on, then narrow the interval in which the budget ends.
+
+    Args:
+        most: where values end.
+    """
     tried: list[tuple[float, Trial]] = []
 
     def add(value: float) -> Trial:
@@ -165,7 +175,7 @@ def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increas
             break
     useful = len(tried)
     if all(within(trial) for _, trial in tried):
-        useful = _go_on(tried, add, within)
+        useful = _go_on(tried, add, within, most)
     # Perplexity may dip and rise; "largest" means before the first value that breaks the budget.
     beyond = next((i for i, (_, trial) in enumerate(tried) if not within(trial)), useful)
     low, best = tried[beyond - 1]
@@ -197,7 +207,9 @@ def _search(try_: Callable[[float], Trial], values: Sequence[float], max_increas
     )
 
 
-def _go_on(tried: list[tuple[float, Trial]], add: Callable[[float], Trial], within: Callable[[Trial], bool]) -> int:
+def _go_on(
+    tried: list[tuple[float, Trial]], add: Callable[[float], Trial], within: Callable[[Trial], bool], most: float
+) -> int:
     """Try larger values until one is beyond the budget, no x1 is left, or a step brings no more sparsity.
 
     A grid may end far below the model's activations: only behind a step that brought something, or many, is one that
@@ -210,7 +222,7 @@ def _go_on(tried: list[tuple[float, Trial]], add: Callable[[float], Trial], with
     useful = len(tried)
     while tried[-1][1].mixed.sparsity < 1:
         value, last = tried[-1]
-        trial = add(GROWTH * value or FIRST_VALUE)
+        trial = add(min(GROWTH * value, (value + most) / 2) or FIRST_VALUE)
         if not within(trial):
             return len(tried)
         if trial.mixed.sparsity - last.mixed.sparsity >= SATURATED or trial.mixed.sparsity == 1:
