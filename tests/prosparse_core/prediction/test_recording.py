@@ -301,7 +301,7 @@ def test_held_out_windows_take_turns_and_are_full() -> None:
     assert len(expected) - len(together) < 32
     # The separator is the first token of the document behind it: there, and at the head of a window, positions are 0.
     flat = torch.cat([p[0] for corpus, (_, p) in packed if corpus == "long" and p is not None]).tolist()
-    border = len(tokenizer(texts["long"][0]).input_ids)
+    border = 1 + len(tokenizer(texts["long"][0]).input_ids)
     assert together[border] == eos
     assert [i for i, position in enumerate(flat) if position == 0] == sorted({*range(0, len(flat), 32), border})
     mixture.attend_across = True
