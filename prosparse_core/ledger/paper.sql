@@ -247,7 +247,7 @@ CREATE VIEW paper_gap AS
       PARTITION BY run_id, model, variant, metric
       ORDER BY dtype IN ('float32', 'fp32') DESC, prompt_tokens NULLS FIRST, provider, dtype, threads, artifact) = 1),
   ours AS (
-    SELECT o.*, b.seed, b.l1, b.tokens_seen, t.recipe_tokens
+    SELECT o.*, b.seed, b.l1, b.source_precision, b.tokens_seen, t.recipe_tokens
     FROM long o LEFT JOIN leaderboard b
       ON (b.model, b.variant) = (o.model, o.variant) AND b.run_id IS NOT DISTINCT FROM o.run_id
     LEFT JOIN recipe_tokens t ON t.run_id = o.run_id
@@ -260,7 +260,8 @@ CREATE VIEW paper_gap AS
     nullif(array_to_string(list_filter([
       CASE WHEN p.value IS NULL THEN 'the paper prints no such number' END,
       CASE WHEN p.value IS NOT NULL AND paper_model(o.model) IS NULL
-           THEN 'the paper does not treat ' || o.model || ': ' || p.model || ' stands beside it' END,
+           THEN 'the paper does not treat ' || concat_ws(', ', o.model, o.source_precision) || ': ' || p.model
+             || ' stands beside it' END,
       CASE WHEN len(coalesce(o.not_measured, [])) > 0
            THEN 'ours is without ' || array_to_string(o.not_measured, ', ') END,
       CASE WHEN p.value IS NOT NULL AND o.baseline IS NOT NULL
