@@ -1,10 +1,14 @@
 """Closed-loop lambda: steer the factor until a wanted share of x1 is zero, instead of picking the factor by hand.
 
 A factor means something else for every model, reduction and learning rate (method: paper App. L; the multiplicative
-rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course: a quarter of a sine from where
-the stage begins to the target, steep at first and reached well before the end (while the learning rate can still move
-anything), then flat. The logarithm of lambda rises evenly until L1 itself begins to fall, and is then moved by a
-proportional and an integral part of the distance from that course: the rule is indifferent to the scale of lambda.
+rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course from where the stage begins to the
+target: most of the way along a quarter of a sine while the learning rate can still move the model, the rest slowly until
+the end. The logarithm of lambda rises evenly until L1 itself begins to fall, and is then moved by a proportional and an
+integral part of the distance from that course: the rule is indifferent to the scale of lambda.
+
+Sparsity answers lambda ten to twenty steps late (Adam's momentum), and hardly falls again: a neuron that is zero at
+every token gets no gradient. So the gains are small, the course comes from below and never waits at the target, and a
+sparsity above it lowers lambda faster than one below raises it.
 """
 
 from __future__ import annotations
@@ -13,20 +17,27 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COURSE = 0.55
-"""Share of the stage's steps after which the course has reached the target."""
+COURSE = 0.6
+"""Fraction of the stage's steps after which the quarter of a sine ends."""
+CREEP = 0.2
+"""Fraction of the way to the target that is covered evenly, over all steps."""
 START_SHARE = 0.0003
 """The first factor makes lambda * L1 this share of the next-token loss: too little to do harm to any model."""
 FIRST_RISE = math.log(1.5)
 """Change of log lambda in every step until L1 has fallen by ``ANSWER``: what a factor does to one model it does to
 another at a thousand times its size, and a short stage has no time to find that out slowly."""
 ANSWER = 0.07
-PROPORTIONAL = 60.0
-"""Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by 80 %."""
-INTEGRAL = 400.0
-"""The same per stage: a point behind during a whole stage would raise log lambda by 4."""
+SETBACK = 3 * FIRST_RISE
+"""Log lambda falls by this when L1 has answered: the answer is as late as some of these rises."""
+PROPORTIONAL = 40.0
+"""Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by half."""
+INTEGRAL = 240.0
+"""The same per stage: a point behind during a whole stage would raise log lambda by 2.4."""
+ABOVE = 4.0
+"""How many times as much a sparsity above the course counts in the integral."""
 SMOOTHING = 60
-"""The measured sparsity is smoothed over this fraction of the stage (at least 4 steps)."""
+"""The measured sparsity is smoothed over this fraction of the stage (at least ``SHORTEST`` steps)."""
+SHORTEST = 4.0
 LARGEST_RISE, LARGEST_FALL = math.log(1.25), math.log(3.0)
 """Change of log lambda in one step at most: what died under too large a factor comes back slowly, so it falls fast."""
 SMALLEST_SHARE = 1e-3
@@ -61,8 +72,9 @@ class Steering:
 
     def course(self, step: int) -> float:
         """Where sparsity should be after ``step`` steps."""
-        share = min(1.0, step / max(1.0, COURSE * self.num_steps))
-        return self.start + (self.target - self.start) * math.sin(math.pi / 2 * share)
+        done = step / self.num_steps
+        share = (1 - CREEP) * math.sin(math.pi / 2 * min(1.0, done / COURSE)) + CREEP * done
+        return self.start + (self.target - self.start) * share
 
     def update(self, sparsity: float, lm_loss: float, l1: float) -> None:
         """Learn from a finished step: the sparsity of its batch, its loss in nats and its reduced |x1|."""
@@ -73,13 +85,20 @@ class Steering:
             self.answered = self.l1_lambda > 0
             self.l1_lambda = self.l1_lambda or START_SHARE * lm_loss / max(l1, 1e-12)
             return
-        window = max(4.0, self.num_steps / SMOOTHING)
+        window = max(SHORTEST, self.num_steps / SMOOTHING)
         self.smoothed += (sparsity - self.smoothed) / min(window, self.steps_done)
         self.smoothed_l1 += (l1 - self.smoothed_l1) / min(4.0, self.steps_done)
+        waited = not self.answered
         self.answered |= self.smoothed_l1 < (1 - ANSWER) * self.first_l1 or self.smoothed > self.target
         error = self.course(self.steps_done) - self.smoothed
-        move = PROPORTIONAL * (error - self.error) + INTEGRAL / self.num_steps * error
-        move = max(-LARGEST_FALL, min(LARGEST_RISE, move)) if self.answered else FIRST_RISE
+        if not self.answered:
+            move = FIRST_RISE
+        elif waited:
+            move = -SETBACK
+        else:
+            integral = INTEGRAL / self.num_steps * (ABOVE if error < 0 else 1.0)
+            move = PROPORTIONAL * (error - self.error) + integral * error
+            move = max(-LARGEST_FALL, min(LARGEST_RISE, move))
         self.l1_lambda *= math.exp(move)
         self.l1_lambda = min(self.l1_lambda, LARGEST_SHARE * lm_loss / max(l1, 1e-12))
         self.largest = max(self.largest, self.l1_lambda)

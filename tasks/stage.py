@@ -14,7 +14,7 @@ from tasks.step import Run, Work
 
 VERSION = 4
 DISTILLATION_VERSION = 2
-STEERING_VERSION = 3
+STEERING_VERSION = 4
 """Of what a teacher adds to the loss, and of how lambda is steered: raised alone, they leave the other stages alone."""
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prosparse_core.steering import COURSE, LARGEST_SHARE, START_SHARE, Steering
+from prosparse_core.steering import COURSE, CREEP, LARGEST_SHARE, START_SHARE, Steering
 
 
 def simulate(steering: Steering, *, scale: float, rest: float = 0.66, noise: float = 0.003) -> list[float]:
@@ -65,12 +65,17 @@ def test_the_first_factor_comes_from_the_loss_and_later_ones_from_before() -> No
     assert carried.l1_lambda == 0.3
 
 
-def test_the_course_is_a_quarter_of_a_sine_to_the_target_and_then_flat() -> None:
+def test_the_course_is_a_quarter_of_a_sine_and_creeps_to_the_target_in_the_last_step() -> None:
     steering = Steering(0.9, 200)
     steering.update(0.5, 1.0, 1.0)
     assert steering.course(0) == 0.5
-    assert steering.course(round(COURSE * 200 / 2)) == pytest.approx(0.5 + 0.4 * math.sin(math.pi / 4))
-    assert steering.course(round(COURSE * 200)) == steering.course(200) == pytest.approx(0.9)
+    sine, even = 0.4 * (1 - CREEP), 0.4 * CREEP
+    half = COURSE / 2
+    assert steering.course(round(half * 200)) == pytest.approx(0.5 + sine * math.sin(math.pi / 4) + even * half)
+    assert steering.course(round(COURSE * 200)) == pytest.approx(0.5 + sine + even * COURSE)
+    assert steering.course(200) == pytest.approx(0.9)
+    courses = [steering.course(step) for step in range(201)]
+    assert courses == sorted(courses)
 
 
 def test_its_state_is_everything_it_needs() -> None:
