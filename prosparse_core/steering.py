@@ -2,7 +2,7 @@
 
 A factor means something else for every model, reduction and learning rate (method: paper App. L; the multiplicative
 rule: ReMoE, BlockFFN, arXiv 2507.08771). Here the measured sparsity follows a course from where the stage begins to the
-target: most of the way along a quarter of a sine while the learning rate can still move the model, the rest slowly until
+target: most of the way along a quarter of a sine while the learning rate can still move the model, the rest slowly to
 the end. The logarithm of lambda rises evenly until L1 itself begins to fall, and is then moved by a proportional and an
 integral part of the distance from that course: the rule is indifferent to the scale of lambda.
 
