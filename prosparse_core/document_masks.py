@@ -7,16 +7,15 @@ layer's window slides; the others take the mask itself, or cannot keep documents
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FAMILIES, require_family
-from prosparse_core.family import Family, value_of
+from prosparse_core.family import APART, Family, value_of, way_of
 
-OPTION = "data.attend_across_documents"
 NOISE = 0.1
 """Of what documents do to each other in a window: what may be left of it, since kernels round differently."""
 
@@ -32,21 +31,6 @@ class Packed(NamedTuple):
     @classmethod
     def of(cls, windows: Tensor | Packed) -> Packed:
         return windows if isinstance(windows, Packed) else cls(windows)
-
-
-def way_of(config: Any, family: Family) -> Literal["positions", "mask"]:
-    """How the documents of a window are kept apart in an architecture.
-
-    Raises:
-        BadInput: it cannot be done: its attention is biased by distances (ALiBi), for which it takes no such mask.
-    """
-    if family.documents == "none" or value_of(config, "alibi"):
-        raise BadInput(
-            f"{value_of(config, 'model_type')}: its attention (ALiBi) has no way to keep the documents of a packed "
-            "window apart",
-            hint=f"set {OPTION}: true: then each document also sees those before it in its window",
-        )
-    return family.documents
 
 
 def forward_arguments(model: nn.Module, positions: Tensor | None) -> dict[str, Tensor]:
@@ -111,5 +95,5 @@ def require_apart(model: nn.Module) -> None:
         raise BadInput(
             f"{type(model).__name__}: positions that begin anew do not keep the documents of a packed window "
             "apart: the second of two has other logits than alone",
-            hint=f"set {OPTION}: true, or, if its code takes a mask [B, 1, T, T], model.family.documents: mask",
+            hint=f"set {APART}: true, or, if its code takes a mask [B, 1, T, T], model.family.documents: mask",
         )

@@ -20,6 +20,9 @@ from pydantic import Field, model_validator
 from prosparse_core.errors import BadInput
 from prosparse_core.recipe_train import Section
 
+APART = "data.attend_across_documents"
+"""The option that lets the documents of a window attend to each other."""
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -206,3 +209,18 @@ def _weight(projection: nn.Module) -> Tensor:
     """A projection's weight as [outputs, inputs]; transformers' Conv1D (GPT-2) keeps it the other way round."""
     weight: Tensor = projection.weight  # type: ignore[assignment]
     return weight.t() if hasattr(projection, "nf") else weight
+
+
+def way_of(config: Any, family: Family) -> Literal["positions", "mask"]:
+    """How the documents of a window are kept apart in an architecture.
+
+    Raises:
+        BadInput: it cannot be done: its attention is biased by distances (ALiBi), for which it takes no such mask.
+    """
+    if family.documents == "none" or value_of(config, "alibi"):
+        raise BadInput(
+            f"{value_of(config, 'model_type')}: its attention (ALiBi) has no way to keep the documents of a packed "
+            "window apart",
+            hint=f"set {APART}: true: then each document also sees those before it in its window",
+        )
+    return family.documents

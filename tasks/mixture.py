@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prosparse_core.families import require_family
+from prosparse_core.family import way_of
 from prosparse_core.recipe import Recipe
 from prosparse_core.recipe_mixture import trained_corpora
 from prosparse_core.store import Artifact
@@ -57,8 +58,6 @@ def require_documents_apart(recipe: Recipe, config: Mapping[str, Any]) -> None:
         BadInput: it is one; the hint names the option.
     """
     if not recipe.data.attend_across_documents:
-        from prosparse_core.document_masks import way_of
-
         way_of(config, require_family(config, where="model"))
 
 

@@ -177,23 +177,19 @@ def test_the_plan_of_a_paper_recipe_prints_what_it_costs(home: Path, capsys: pyt
         assert expected in text
 
 
+HEAVY = ("torch", "transformers", "datasets", "prefect", "duckdb", "matplotlib", "scipy", "pyarrow", "lm_eval", "gguf")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "limit_s"),
-    [(["--help"], 1.0), (["recipes"], 1.0), (["query"], 1.0), (["plan", "tiny"], 3.0)],
+    ("arguments", "allowed"),
+    [(["--help"], []), (["recipes"], []), (["query"], []), (["status"], []), (["plan", "tiny"], ["prefect"])],
 )
-def test_verbs_answer_quickly(home: Path, arguments: list[str], limit_s: float) -> None:
-    """CPU seconds, best of three: wall time would measure the machine's other work."""
-    code = "import sys, resource; from flows.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-    code += "u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime, file=sys.stderr)"
-    best = min(
-        float(
-            subprocess.run(
-                [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-            ).stderr.split()[-1]
-        )
-        for _ in range(3)
-    )
-    assert best < limit_s
+def test_verbs_answer_quickly(home: Path, arguments: list[str], allowed: list[str]) -> None:
+    """They load no library that takes longer to import than they have to say; how long that is differs by machine."""
+    code = "import sys; from flows.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += f"print(*[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert set(done.stderr.splitlines()[-1].split()) <= set(allowed)
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from prosparse_core.distributed.parallel import Forward, compile_layers
 from prosparse_core.distributed.ranks import ALONE
-from prosparse_core.document_masks import block_mask, forward_arguments, is_proven, positions_of, require_apart, way_of
+from prosparse_core.document_masks import block_mask, forward_arguments, is_proven, positions_of, require_apart
 from prosparse_core.errors import BadInput
 from prosparse_core.families import FAMILIES, LLAMA, family_of, find_ffns, require_family
+from prosparse_core.family import way_of
 from prosparse_core.loss import next_token_loss
 from prosparse_core.perplexity import measure
 from prosparse_core.precision import autocast
