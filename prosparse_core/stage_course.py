@@ -118,7 +118,7 @@ class StageCourse:
                     metrics, verdict = loop.step(step, guard)
                 taken = metrics.skipped is None
                 if steering and taken:
-                    steering.update(metrics.sparsity, metrics.lm_loss, metrics.l1)
+                    steering.update(metrics.sparsity, metrics.lm_loss, metrics.l1, metrics.lr)
                 log.write(json.dumps(asdict(metrics)) + "\n")
                 log.flush()
                 seen = self.eyes.look(step, progress)

@@ -33,8 +33,13 @@ PROPORTIONAL = 40.0
 """Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by half."""
 INTEGRAL = 240.0
 """The same per stage: a point behind during a whole stage would raise log lambda by 2.4."""
-ABOVE = 4.0
-"""How many times as much a sparsity above the course counts in the integral."""
+COOLING, LARGEST_COOLING = 0.5, 5.0
+"""A smaller learning rate makes the same lambda do less: the integral grows with the largest rate of the stage over the
+present one, to this power, and at most so many times."""
+ABOVE = 3.0
+"""How many times as much a sparsity above the limit counts in the integral: it hardly falls again."""
+ROOM = 0.25
+"""The limit is this fraction of what is left from the course to the target below the target."""
 SMOOTHING = 60
 """The measured sparsity is smoothed over this fraction of the stage (at least ``SHORTEST`` steps)."""
 SHORTEST = 4.0
@@ -67,6 +72,8 @@ class Steering:
     smoothed_l1: float = 0.0
     answered: bool = False
     """L1 has begun to fall: lambda is large enough to do something."""
+    largest_lr: float = 0.0
+    """Of the steps so far."""
     largest: float = 0.0
     """The largest factor so far: lambda stays above a small share of it, so that it finds back from a fall."""
 
@@ -76,8 +83,9 @@ class Steering:
         share = (1 - CREEP) * math.sin(math.pi / 2 * min(1.0, done / COURSE)) + CREEP * done
         return self.start + (self.target - self.start) * share
 
-    def update(self, sparsity: float, lm_loss: float, l1: float) -> None:
-        """Learn from a finished step: the sparsity of its batch, its loss in nats and its reduced |x1|."""
+    def update(self, sparsity: float, lm_loss: float, l1: float, lr: float) -> None:
+        """Learn from a finished step: sparsity of its batch, loss in nats, reduced |x1|, learning rate."""
+        self.largest_lr = max(self.largest_lr, lr)
         self.steps_done += 1
         if self.steps_done == 1:
             self.start = self.smoothed = sparsity
@@ -96,14 +104,27 @@ class Steering:
         elif waited:
             move = -SETBACK
         else:
-            integral = INTEGRAL / self.num_steps * (ABOVE if error < 0 else 1.0)
-            move = PROPORTIONAL * (error - self.error) + integral * error
+            weaker = min(LARGEST_COOLING, (self.largest_lr / max(lr, 1e-12)) ** COOLING)
+            integral = weaker * INTEGRAL / self.num_steps
+            move = PROPORTIONAL * (error - self.error) + integral * self._behind(error)
             move = max(-LARGEST_FALL, min(LARGEST_RISE, move))
         self.l1_lambda *= math.exp(move)
         self.l1_lambda = min(self.l1_lambda, LARGEST_SHARE * lm_loss / max(l1, 1e-12))
         self.largest = max(self.largest, self.l1_lambda)
         self.l1_lambda = max(self.l1_lambda, SMALLEST_SHARE * self.largest)
         self.error = error
+
+    def _behind(self, error: float) -> float:
+        """What the integral sums up: how far sparsity is behind the course (negative: how far above its limit).
+
+        Once the sine has ended, a sparsity between the course and a limit little below the target is where it should
+        be: lambda need not fall for it, only to be too small in the end.
+        """
+        creeps = self.steps_done > COURSE * self.num_steps
+        limit = self.target - (ROOM * (self.target - self.course(self.steps_done)) if creeps else 0.0)
+        if self.smoothed > limit:
+            return ABOVE * (limit - self.smoothed)
+        return max(0.0, error) if creeps else error
 
     def state(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,7 +20,7 @@ def simulate(steering: Steering, *, scale: float, rest: float = 0.66, noise: flo
         cooling = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steering.num_steps))
         sparsity += 20 / steering.num_steps * cooling * (level - sparsity)
         batch = sparsity + noise * math.sin(12.9898 * step)
-        steering.update(batch, lm_loss=3.0, l1=3.0 * scale * math.exp(-16 * (sparsity - rest)))
+        steering.update(batch, lm_loss=3.0, l1=3.0 * scale * math.exp(-16 * (sparsity - rest)), lr=cooling)
         seen.append(sparsity)
     return seen
 
@@ -39,7 +39,7 @@ def simulate_smollm2(steering: Steering, *, first_step: int) -> tuple[list[float
         speed += 0.7 * ((wanted if wanted > 0 else 0.35 * wanted) - speed)
         sparsity += speed
         noise = 0.006 * math.sin(12.9898 * step)
-        steering.update(sparsity + noise, lm_loss=2.6, l1=4.5 * math.exp(-16 * (sparsity - 0.68)))
+        steering.update(sparsity + noise, lm_loss=2.6, l1=4.5 * math.exp(-16 * (sparsity - 0.68)), lr=cooling)
         seen.append(sparsity)
         factors.append(steering.l1_lambda)
     return seen, factors
@@ -58,16 +58,16 @@ def test_it_lands_within_a_point_of_the_target_whatever_lambda_means(
 
 def test_the_first_factor_comes_from_the_loss_and_later_ones_from_before() -> None:
     fresh = Steering(0.8, 100)
-    fresh.update(0.6, lm_loss=4.0, l1=2.0)
+    fresh.update(0.6, lm_loss=4.0, l1=2.0, lr=1.0)
     assert fresh.l1_lambda == pytest.approx(START_SHARE * 4.0 / 2.0)
     carried = Steering(0.8, 100, l1_lambda=0.3)
-    carried.update(0.6, lm_loss=4.0, l1=2.0)
+    carried.update(0.6, lm_loss=4.0, l1=2.0, lr=1.0)
     assert carried.l1_lambda == 0.3
 
 
 def test_the_course_is_a_quarter_of_a_sine_and_creeps_to_the_target_in_the_last_step() -> None:
     steering = Steering(0.9, 200)
-    steering.update(0.5, 1.0, 1.0)
+    steering.update(0.5, 1.0, 1.0, 1.0)
     assert steering.course(0) == 0.5
     sine, even = 0.4 * (1 - CREEP), 0.4 * CREEP
     half = COURSE / 2
@@ -84,7 +84,7 @@ def test_its_state_is_everything_it_needs() -> None:
         if step == 30:
             broken = Steering(**broken.state())
         for one in (whole, broken):
-            one.update(0.6 + 0.003 * step + 0.01 * math.sin(step), 3.0 - 0.01 * step, 1.0)
+            one.update(0.6 + 0.003 * step + 0.01 * math.sin(step), 3.0 - 0.01 * step, 1.0, 1.0 - 0.01 * step)
     assert whole == broken
 
 
@@ -103,5 +103,5 @@ def test_a_target_out_of_reach_does_not_ruin_the_model() -> None:
     """Without a bound lambda is in the thousands by the end of the stage, where the learning rate no longer follows."""
     steering = Steering(0.95, 80, l1_lambda=5.0)
     for _ in range(60):
-        steering.update(0.7, lm_loss=2.0, l1=4.0)
+        steering.update(0.7, lm_loss=2.0, l1=4.0, lr=1.0)
         assert steering.l1_lambda <= LARGEST_SHARE * 2.0 / 4.0 or steering.steps_done == 1

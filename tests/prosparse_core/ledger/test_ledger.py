@@ -247,8 +247,9 @@ def test_every_example_answers(home: Home, question: str, sql: str) -> None:
 
 
 def test_every_view_can_be_read(home: Home) -> None:
-    for (view,) in ask(home, "SELECT view_name FROM duckdb_views() WHERE NOT internal"):
-        assert len(home.ledger.query(f"FROM {view}")) > 0, view
+    views = [view for (view,) in ask(home, "SELECT view_name FROM duckdb_views() WHERE NOT internal")]
+    empty = {view for view in views if not len(home.ledger.query(f"FROM {view}"))}
+    assert empty == {"paired", "variant_differences"}, "these need documents: test_ledger_differences.py fills them"
 
 
 # Asking.
