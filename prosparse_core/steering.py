@@ -29,10 +29,10 @@ another at a thousand times its size, and a short stage has no time to find that
 ANSWER = 0.07
 SETBACK = 3 * FIRST_RISE
 """Log lambda falls by this when L1 has answered: the answer is as late as some of these rises."""
-PROPORTIONAL = 40.0
-"""Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by half."""
-INTEGRAL = 240.0
-"""The same per stage: a point behind during a whole stage would raise log lambda by 2.4."""
+PROPORTIONAL = 45.0
+"""Change of log lambda per unit of sparsity: falling a point behind the course raises lambda by 57 %."""
+INTEGRAL = 220.0
+"""The same per stage: a point behind during a whole stage would raise log lambda by 2.2."""
 COOLING, LARGEST_COOLING = 0.5, 5.0
 """A smaller learning rate makes the same lambda do less: the integral grows with the largest rate of the stage over the
 present one, to this power, and at most so many times."""

@@ -124,7 +124,7 @@ def test_a_stage_that_comes_out_otherwise_is_said_and_the_next_run_goes_on_from_
 def test_a_comparison_keeps_what_a_later_row_goes_on_from(base: Any, home: Path) -> None:
     run, _ = make_run(base, home)
     names = ["vanilla_relu", "prosparse_star", "fixed_l1"]
-    recipe = parse({**run.recipe.model_dump(mode="json"), "compare": {"settings": names}})
+    recipe = parse({**run.recipe.model_dump(mode="json"), "compare": {"settings": names, "thresholds": False}})
     rows = settings.rows(recipe)
     run.recipe = recipe
     dense = run.store.find("base_model", "", base.dense.fingerprint)

@@ -33,7 +33,7 @@ def test_the_paper_s_rule_by_hand() -> None:
     ours, acc, acc_norm = with_paper_rule(Judge(), [sample, other], [harness, norm], counts, "acc_ppl")
     assert (ours.metric, ours.value, ours.stderr, ours.headline) == ("acc_ppl", 0.5, 0.5, True)
     assert (acc.headline, acc_norm.headline) == (False, False)
-    assert (ours.sums, ours.counts, ours.num_documents) == ((0.0, 1.0), (1.0, 1.0), 2), "right or wrong, by question"
+    assert (ours.sums, ours.counts, ours.num_documents) == ((1.0, 0.0), (1.0, 1.0), 2), "right or wrong, by question"
     assert ours.documents is not None
     assert (acc.documents, acc.sums) == (None, ()), "only of the headline"
     only_first, *_ = with_paper_rule(Judge(), [sample], [harness, norm], counts, "acc_ppl")
