@@ -90,8 +90,8 @@ class Result:
         if self.predictor:
             p = self.predictor
             lines.append(
-                f"predictor   recall {_pct(p['recall'])}, predicted sparsity {_pct(p['predicted_sparsity'])} "
-                f"(true {_pct(p['true_sparsity'])}) at cutoff {p['cutoff']:g}"
+                f"predictor   recall {_pct(p['recall'], 'no neuron is active')}, "
+                f"predicted sparsity {_pct(p['predicted_sparsity'])} (true {_pct(p['true_sparsity'])}) at cutoff {p['cutoff']:g}"
             )
         if self.speed:
             lines += speed_lines(self.speed, self.headline)
@@ -246,8 +246,8 @@ def _setting(
     )
 
 
-def _pct(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _pct(value: float | None, reason: str = "not measured") -> str:
+    return f"n/a ({reason})" if value is None else f"{100 * value:.1f} %"
 
 
 def save(result: Result, home: Path) -> None:

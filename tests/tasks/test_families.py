@@ -23,7 +23,7 @@ from tests.tasks.conftest import MODEL as SIZES
 from tests.tasks.conftest import make_run
 
 SECTIONS = {
-    "calibrate": {"rule": "best", "thresholds": [0.0, 0.01], "refine": 0, "max_ppl_increase_pct": 50},
+    "calibrate": {"rule": "best", "thresholds": [0.0, 0.01], "refine": 0, "max_ppl_increase_pct": 0.01},
     "predictor": {
         "hidden": 16,
         "train_tokens": 256,
