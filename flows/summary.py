@@ -91,7 +91,8 @@ class Result:
             p = self.predictor
             lines.append(
                 f"predictor   recall {_pct(p['recall'], 'no neuron is active')}, "
-                f"predicted sparsity {_pct(p['predicted_sparsity'])} (true {_pct(p['true_sparsity'])}) at cutoff {p['cutoff']:g}"
+                f"predicted sparsity {_pct(p['predicted_sparsity'])} (true {_pct(p['true_sparsity'])}) "
+                f"at cutoff {p['cutoff']:g}"
             )
         if self.speed:
             lines += speed_lines(self.speed, self.headline)
