@@ -42,8 +42,11 @@ class CountedMixture:
 class SuccessionMixture(CountedMixture):
     """Text that can be learnt: each token decides the next one, but for some noise."""
 
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
     def batch(self, step: int, sequences: int) -> Batch:
-        generator = torch.Generator().manual_seed(step)
+        generator = torch.Generator().manual_seed(step + 100_003 * self.seed)
         tokens = torch.randint(3, 96, (sequences, 16), generator=generator)
         follows = torch.rand(sequences, 16, generator=generator) < 0.9
         for t in range(1, 16):
@@ -121,10 +124,15 @@ class StopAt(Silent):
 
 
 def run_stages(
-    folder: Path, train: Train, stops: dict[int, list[int]], every: int | None = 3, mixture: object = None
+    folder: Path,
+    train: Train,
+    stops: dict[int, list[int]],
+    every: int | None = 3,
+    mixture: object = None,
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """All stages in one go, breaking off and starting anew from disk at the given steps of each stage."""
-    model = tiny()
+    model = tiny(seed=seed)
     use_relu(model)
     optimizer = training.make_optimizer(model, train)
     for index in range(len(train.stages)):
@@ -290,9 +298,9 @@ def test_frozen_embeddings_stay_and_the_rest_moves(folders: Path, tied: bool) ->
     assert same == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-def steered(total: int, target: float, lr: float) -> Train:
+def steered(total: int, target: float, lr: float, tokens: int = 256) -> Train:
     stages = [Stage(until_step=20, l1=0), Stage.model_validate({"until_step": total, "target_sparsity": target})]
-    return recipe(stages=stages, lr=lr, tokens_per_step=256)
+    return recipe(stages=stages, lr=lr, tokens_per_step=tokens)
 
 
 @pytest.mark.parametrize(("target", "lr"), [(0.65, 3e-3), (0.75, 1e-3)])
@@ -309,6 +317,20 @@ def test_a_steered_stage_reaches_its_target_and_resumes_to_the_bit(tmp_path: Pat
     assert logs[0][0]["l1_lambda"] == 0
     assert logs[0][0]["sparsity"] < 0.6
     assert sum(e["sparsity"] for e in logs[0][-20:]) / 20 == pytest.approx(target, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "lr"), [(0.65, 3e-3), (0.75, 1e-3)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_steered_stage_reaches_its_target_from_any_model_and_text(
+    tmp_path: Path, target: float, lr: float, seed: int
+) -> None:
+    for i in "01":
+        (tmp_path / i).mkdir()
+    train = steered(220, target, lr, tokens=512)
+    run_stages(tmp_path, train, {}, every=None, mixture=SuccessionMixture(seed), seed=seed)
+    log = [json.loads(line) for line in (tmp_path / "1" / LOG).read_text().splitlines()]
+    assert sum(e["sparsity"] for e in log[-20:]) / 20 == pytest.approx(target, abs=0.01)
 
 
 def test_distilling_pulls_towards_the_teacher(tmp_path: Path) -> None:
